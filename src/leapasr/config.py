@@ -1,0 +1,153 @@
+"""Training configurations: frozen dataclasses, and presets as functions that return them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from transformers import LlamaConfig, ParakeetEncoderConfig, PreTrainedConfig
+
+from leapasr.data.augmentation import NO_AUGMENTATION, Augmentation
+
+Task = Literal["text", "ctc", "joint", "heads"]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stretch of training.
+
+    task: ``text`` (decoder on misread text), ``ctc`` (encoder, adapter and CTC head), ``joint`` (everything: CTC and
+        the K heads), ``heads`` (heads 2..K of a frozen model).
+    updates: optimizer updates.
+    batch: seconds of audio in an update (with padding), or text tokens for ``text``.
+    learning_rate: the peak; linear warm-up over `warmup` updates, then linear decay to `final_lr` of it.
+    frozen_encoder_layers: encoder layers (from the bottom) without gradient; None freezes them all.
+    lr_scale: factor on the learning rate by parameter-name prefix.
+    head_weights: weight of the cross-entropy of heads 1..K; None is 1 for head 1 and 0.8^(k−1) · 0.3 for head k.
+    ctc_weight: weight of the CTC loss beside it.
+    """
+
+    name: str
+    task: Task
+    updates: int
+    batch: float
+    learning_rate: float
+    warmup: int = 100
+    final_lr: float = 0.05
+    frozen_encoder_layers: int | None = 0
+    lr_scale: dict[str, float] = field(default_factory=dict)
+    head_weights: tuple[float, ...] | None = None
+    ctc_weight: float = 0.5
+    max_norm: float = 2.0
+    averaging: float = 0.999
+    augmentation: Augmentation = Augmentation()
+
+    def weights(self, num_heads: int) -> tuple[float, ...]:
+        """Weights of heads 1..K.
+
+        Raises:
+            ValueError: `head_weights` does not name one weight a head.
+        """
+        if self.head_weights is None:
+            return (1.0, *(0.3 * 0.8 ** (k - 1) for k in range(2, num_heads + 1)))
+        if len(self.head_weights) != num_heads:
+            raise ValueError(f"stage {self.name!r}: {len(self.head_weights)} head_weights for K = {num_heads}")
+        return self.head_weights
+
+
+@dataclass(frozen=True)
+class ModelPreset:
+    """What a model is built from when training begins.
+
+    encoder: hub name or folder of a pretrained encoder (transformers or CTranslate2), or a configuration for
+        random weights. decoder: likewise a pretrained LM, or a LLaMA configuration.
+    vocab_size: size of the tokenizer trained on the text, unless `decoder` is pretrained and brings its own.
+    fields: further fields of `SpeechLlamaConfig`.
+    lora_rank: rank of low-rank adapters (peft) on a pretrained decoder, which then stays frozen; 0: none.
+    """
+
+    encoder: str | PreTrainedConfig
+    decoder: str | LlamaConfig
+    vocab_size: int = 1024
+    fields: dict = field(default_factory=dict)
+    lora_rank: int = 0
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """A whole training run.
+
+    manifests: training manifests and how often an epoch holds them (2.0: twice, 0.3: a random 30%).
+    dev: manifests to evaluate on; text: prose for the tokenizer and the ``text`` stage.
+    """
+
+    model: ModelPreset
+    stages: tuple[Stage, ...]
+    manifests: dict[Path, float]
+    dev: tuple[Path, ...]
+    text: tuple[Path, ...]
+    output: Path
+    seed: int = 1
+    precision: Literal["bf16", "fp32"] = "bf16"
+    checkpoint_minutes: float = 4.0
+    eval_every: int = 250
+    eval_utterances: int = 100
+    num_workers: int = 1
+    compile: bool = True
+
+
+def small_llama(vocab_size: int, *, size: int, layers: int, ffn: int, heads: int) -> LlamaConfig:
+    """A LLaMA with tied embeddings and the special tokens of `leapasr.training.tokenizer`."""
+    return LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=size,
+        intermediate_size=ffn,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+
+
+def tiny(encoder: str | None = None) -> tuple[ModelPreset, tuple[Stage, ...]]:
+    """What ships: a pretrained Whisper encoder (`encoder`; Whisper base), a 13M-parameter decoder, K = 8."""
+    model = ModelPreset(
+        encoder=encoder or "openai/whisper-base",
+        decoder=small_llama(1024, size=512, layers=4, ffn=1280, heads=8),
+        vocab_size=1024,
+        fields={"adapter_size": 512, "adapter_layers": 2, "num_heads": 8, "head_type": "latent"},
+    )
+    stages = (
+        Stage("text", "text", updates=1500, batch=3000, learning_rate=1e-3, augmentation=NO_AUGMENTATION),
+        Stage("ctc", "ctc", updates=300, batch=160, learning_rate=1e-3, frozen_encoder_layers=None),
+        Stage(
+            "joint", "joint", updates=6000, batch=160, learning_rate=4e-4, warmup=200, frozen_encoder_layers=2,
+            lr_scale={"encoder.": 0.4},
+        ),
+    )  # fmt: skip
+    return model, stages
+
+
+def base(encoder: str | None = None) -> tuple[ModelPreset, tuple[Stage, ...]]:
+    """The paper's scale (arXiv 2409.08148): a FastConformer of about 100M parameters, LLaMA of about 125M, K = 4."""
+    model = ModelPreset(
+        encoder=encoder
+        or ParakeetEncoderConfig(hidden_size=512, num_hidden_layers=17, num_attention_heads=8, intermediate_size=2048),
+        decoder=small_llama(4096, size=768, layers=14, ffn=2560, heads=12),
+        vocab_size=4096,
+        fields={"adapter_size": 512, "encoder_stacking": 1, "decoder_stacking": 1, "num_heads": 4},
+    )
+    stages = (
+        Stage("text", "text", updates=50_000, batch=32_000, learning_rate=6e-4, warmup=2000),
+        Stage("ctc", "ctc", updates=50_000, batch=1200, learning_rate=1e-3, warmup=5000),
+        Stage("joint", "joint", updates=200_000, batch=1200, learning_rate=5e-4, warmup=5000),
+    )
+    return model, stages
+
+
+PRESETS = {"tiny": tiny, "base": base}

@@ -1,0 +1,124 @@
+"""Text-only pretraining: misread text in, right text out.
+
+A decoder that starts from random weights ignores its audio for thousands of updates. So it first learns, from
+text alone, what it will later do with speech: read a sequence of token embeddings that looks like a CTC
+transcript (blanks between tokens, repeats, misspelt words), and write the text that was meant. It learns to
+copy, and to correct what no reader would write; the language model that this takes comes along.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from leapasr.data.batches import pad_tokens
+from leapasr.model.processing import SpeechLlamaProcessor
+
+_SOUNDALIKES = (
+    ("ph", "f"), ("f", "ph"), ("ck", "k"), ("k", "c"), ("c", "k"), ("c", "s"), ("s", "c"), ("z", "s"), ("s", "z"),
+    ("ee", "ea"), ("ea", "ee"), ("ee", "i"), ("i", "e"), ("e", "i"), ("e", "a"), ("a", "e"), ("o", "a"), ("a", "o"),
+    ("o", "u"), ("u", "o"), ("ou", "ow"), ("ow", "ou"), ("ai", "ay"), ("ei", "ie"), ("ie", "ei"), ("y", "i"),
+    ("i", "y"), ("er", "ar"), ("ar", "er"), ("or", "er"), ("er", "or"), ("tion", "sion"), ("th", "t"), ("t", "d"),
+    ("d", "t"), ("b", "p"), ("p", "b"), ("g", "k"), ("v", "f"), ("m", "n"), ("n", "m"), ("gh", ""), ("h", ""),
+    ("ll", "l"), ("ss", "s"), ("tt", "t"), ("nn", "n"), ("rr", "r"), ("l", "ll"), ("e", ""), ("t", ""), ("d", ""),
+)  # fmt: skip
+
+
+def misread_word(word: str, rng: random.Random) -> str:
+    """`word` with one to three spelling slips of the kind that sound alike."""
+    for _ in range(rng.choice((1, 1, 1, 2, 2, 3))):
+        slips = [slip for slip in _SOUNDALIKES if slip[0] in word]
+        if slips:
+            old, new = rng.choice(slips)
+            at = rng.choice([i for i in range(len(word)) if word.startswith(old, i)])
+            word = word[:at] + new + word[at + len(old) :]
+    return word
+
+
+def misread(text: str, rate: float, rng: random.Random) -> str:
+    """`text` as a weak acoustic model might spell it: a share `rate` of its words is misspelt, lost, cut or joined."""
+    words: list[str] = []
+    for word in text.split():
+        if rng.random() < rate:
+            slip = rng.random()
+            if slip < 0.75:
+                word = misread_word(word, rng)
+            elif slip < 0.8:
+                word = ""
+            elif slip < 0.88 and words:
+                words[-1] += word
+                continue
+            elif slip < 0.94 and len(word) > 3:
+                cut = rng.randrange(1, len(word))
+                word = f"{word[:cut]} {word[cut:]}"
+            else:
+                word = word.swapcase() if len(word) == 1 else word.rstrip(",.?!")
+        if word:
+            words.append(word)
+    return " ".join(words)
+
+
+@dataclass
+class TextBatch:
+    """A batch of misread texts.
+
+    read_ids (B, L): the token read at each prefix position, the blank (padding) id where there is none;
+    read_weights (B, L): how surely it is read, in 0.5..1; read_lengths (B,); text_ids (B, M), text_lengths (B,).
+    """
+
+    read_ids: Tensor
+    read_weights: Tensor
+    read_lengths: Tensor
+    text_ids: Tensor
+    text_lengths: Tensor
+    audio_seconds: float = 0.0
+
+
+class MisreadBatches(Dataset):
+    """Batches of about `batch_tokens` text tokens out of `texts`, by like length; item i depends on (seed, epoch, i)."""
+
+    def __init__(
+        self, texts: Sequence[str], processor: SpeechLlamaProcessor, *, batch_tokens: int, seed: int, epoch: int
+    ):
+        self.processor, self.seed, self.epoch = processor, seed, epoch
+        self.batch_tokens = batch_tokens
+        rng = random.Random(f"{seed}/{epoch}")
+        # about 2.7 characters a token; pools of like length keep padding small and the order random
+        order = rng.sample(range(len(texts)), len(texts))
+        self.batches: list[list[str]] = []
+        for start in range(0, len(order), 4096):
+            pool = sorted((texts[i] for i in order[start : start + 4096]), key=len)
+            pending: list[str] = []
+            for text in pool:
+                if pending and len(text) * (len(pending) + 1) / 2.7 > batch_tokens:
+                    self.batches.append(pending)
+                    pending = []
+                pending.append(text)
+            self.batches.append(pending)
+        rng.shuffle(self.batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, index: int) -> TextBatch:
+        rng = random.Random(f"{self.seed}/{self.epoch}/{index}")
+        blank = self.processor.tokenizer.pad_token_id
+        texts, reads, weights = [], [], []
+        for text in self.batches[index]:
+            texts.append(self.processor.encode_text(text))
+            read: list[int] = [blank] * rng.randrange(1, 4)
+            for token in self.processor.encode_text(misread(text, rng.uniform(0, 0.5), rng)):
+                read += [token] * (2 if rng.random() < 0.1 else 1) + [blank] * rng.choice((0, 0, 0, 1, 1, 2))
+            reads.append(read + [blank] * rng.randrange(1, 4))
+            weights.append([rng.uniform(0.5, 1) for _ in reads[-1]])
+        text_ids, text_lengths = pad_tokens(texts, blank)
+        read_ids, read_lengths = pad_tokens(reads, blank)
+        read_weights = torch.zeros(read_ids.shape)
+        for row, values in zip(read_weights, weights, strict=True):
+            row[: len(values)] = torch.tensor(values)
+        return TextBatch(read_ids, read_weights * (read_ids != blank), read_lengths, text_ids, text_lengths)

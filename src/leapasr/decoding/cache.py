@@ -1,0 +1,136 @@
+"""RaggedCache: keys and values of rows that stand at different positions.
+
+A slot is a position. A call writes its W inputs at each row's own next positions, whatever was there; `commit` says
+how many of them stay. What is not committed needs no rollback: it lies behind the row's length, where the causal
+mask hides it from every later input until it is overwritten (gpt-fast's rollback, per row as in moshi's ring cache).
+
+Shapes: B rows, H key-value heads, S slots, W step width, D width of a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+
+@dataclass(slots=True)
+class _Write:
+    """Where the call under way writes; shared by all layers.
+
+    Attributes:
+        positions_BW: slot of each input.
+        start: the first slot, if it is the same for all rows, else None.
+        end: slots in sight, past the furthest slot written.
+    """
+
+    positions_BW: Tensor = field(default_factory=lambda: torch.empty(0, 0))
+    start: int | None = None
+    end: int = 0
+
+
+class RaggedLayer(CacheLayerMixin):
+    """One decoder layer's keys and values, (B, H, S, D); S grows by need."""
+
+    def __init__(self, write: _Write):
+        super().__init__()
+        self.write = write
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
+        self.is_initialized = True
+
+    def reserve(self, num_slots: int) -> None:
+        """Make room for `num_slots` slots; new ones are zero, since 0 · NaN would pass through a mask."""
+        missing = num_slots - self.keys.shape[2]
+        if missing > 0:
+            self.keys = nn.functional.pad(self.keys, (0, 0, 0, missing))
+            self.values = nn.functional.pad(self.values, (0, 0, 0, missing))
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        """Write (B, H, W, D) keys and values at the planned positions; returns all slots in sight (B, H, S', D)."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        positions_BW, start, end = self.write.positions_BW, self.write.start, self.write.end
+        if end > self.keys.shape[2]:
+            self.reserve(end + end // 2)
+        if start is not None:
+            self.keys[:, :, start:end] = key_states
+            self.values[:, :, start:end] = value_states
+        else:
+            rows_B1 = torch.arange(len(positions_BW), device=positions_BW.device)[:, None]
+            self.keys[rows_B1, :, positions_BW] = key_states.transpose(1, 2)
+            self.values[rows_B1, :, positions_BW] = value_states.transpose(1, 2)
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+    def get_seq_length(self) -> int:
+        return self.write.end
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.write.end, 0
+
+    def get_max_length(self) -> int:
+        return -1  # transformers' word for "no maximum"
+
+
+class RaggedCache(Cache):
+    """A transformers cache with a write position per row.
+
+    A call is `plan` → the decoder's forward pass, which writes → `commit`.
+
+    Args:
+        num_rows: B.
+        device: where positions and masks go.
+
+    Attributes:
+        lengths: committed slots of each row.
+    """
+
+    def __init__(self, num_rows: int, *, device: torch.device | str = "cpu"):
+        self.lengths = [0] * num_rows
+        self.device = device
+        self._write = _Write()
+        super().__init__(layer_class_to_replicate=partial(RaggedLayer, self._write))
+
+    def plan(self, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Open a call of `width` inputs per row, each row at its own length.
+
+        Returns:
+            positions int64 (B, W) of the inputs, and the additive mask (B, 1, W, S') in `dtype` over the slots in
+            sight: slot s is visible to the input at position p if s <= p.
+        """
+        lengths_B1 = torch.tensor(self.lengths, device=self.device)[:, None]
+        positions_BW = lengths_B1 + torch.arange(width, device=self.device)
+        shortest, longest = min(self.lengths), max(self.lengths)
+        self._write.positions_BW = positions_BW
+        self._write.start = longest if shortest == longest else None
+        self._write.end = longest + width
+        hidden_BWS = torch.arange(self._write.end, device=self.device) > positions_BW[..., None]
+        mask_BWS = torch.zeros(hidden_BWS.shape, dtype=dtype, device=self.device)
+        return positions_BW, mask_BWS.masked_fill_(hidden_BWS, torch.finfo(dtype).min)[:, None]
+
+    def commit(self, num_committed: Sequence[int]) -> None:
+        """Keep the first `num_committed[b]` inputs of the last call in row b."""
+        width = self._write.positions_BW.shape[1]
+        assert all(0 <= num <= width for num in num_committed), f"{num_committed} of {width} inputs committed"
+        self.lengths = [length + num for length, num in zip(self.lengths, num_committed, strict=True)]
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Make row i what row `rows[i]` was: drops, reorders and repeats rows."""
+        index = torch.tensor(rows, device=self.device)
+        for layer in self.layers:
+            layer.keys, layer.values = layer.keys.index_select(0, index), layer.values.index_select(0, index)
+        self.lengths = [self.lengths[row] for row in rows]
+
+    def join(self, other: RaggedCache) -> None:
+        """Put the rows of `other`, which has run through the same decoder, behind the rows of this cache."""
+        for mine, theirs in zip(self.layers, other.layers, strict=True):
+            num_slots = max(mine.keys.shape[2], theirs.keys.shape[2])
+            mine.reserve(num_slots)
+            theirs.reserve(num_slots)
+            mine.keys, mine.values = torch.cat([mine.keys, theirs.keys]), torch.cat([mine.values, theirs.values])
+        self.lengths += other.lengths

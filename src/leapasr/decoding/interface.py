@@ -1,0 +1,135 @@
+"""What the decoding loop asks of a decoder, and how transformers' causal LMs answer.
+
+Shapes: B rows, L prompt positions, W step width, S cache slots, J drafted tokens, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from leapasr.decoding.cache import RaggedCache
+from leapasr.model.mtp_heads import MTPHeads
+from leapasr.model.speech_llama import SpeechLlamaForConditionalGeneration
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """What rows begin with: embeddings_BLD (B, L, D), begin-of-text included, right-padded; lengths_B int64 (B,).
+
+    A decoder with cross-attention takes a subclass that carries its encoder states too, and keeps them in its cache.
+    """
+
+    embeddings_BLD: Tensor
+    lengths_B: Tensor
+
+
+class Decoder(Protocol):
+    """A decoder with K heads.
+
+    Attributes:
+        num_heads: K, head 1 included.
+        max_positions: positions that it knows, prompt and text together.
+        vocab_size: V.
+        end_tokens: token ids that end a text.
+        device: where its inputs go.
+        dtype: its floating-point type, in which masks are given.
+    """
+
+    num_heads: int
+    max_positions: int
+    vocab_size: int
+    end_tokens: frozenset[int]
+    device: torch.device
+    dtype: torch.dtype
+
+    def new_cache(self, prompts: Prompts) -> RaggedCache:
+        """An empty cache for the rows of `prompts`."""
+
+    def embed(self, tokens_BW: Tensor) -> Tensor:
+        """Embeddings (B, W, D) of token ids (B, W)."""
+
+    def call(
+        self, embeddings_BWD: Tensor, positions_BW: Tensor, mask_B1WS: Tensor, cache: RaggedCache | None
+    ) -> Tensor:
+        """One forward pass: last hidden states (B, W, D), ready for the heads.
+
+        Args:
+            embeddings_BWD: inputs.
+            positions_BW: the position of each; padding may lie beyond `max_positions`.
+            mask_B1WS: additive, 0 where an input may look and the least finite value elsewhere.
+            cache: written at the positions, not committed; None attends to the inputs alone.
+        """
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Head 1's logits (..., V) from hidden states (..., D)."""
+
+    def draft_logits(self, hidden_BD: Tensor, first_tokens_B: Tensor, num_drafts: int) -> Tensor:
+        """Logits (B, J, V) of heads 2..J+1 from hidden states (B, D) in which head 1 chose `first_tokens_B`."""
+
+
+class CausalLMDecoder:
+    """A `Decoder` made of any LLaMA-like transformers causal LM and, for K > 1, heads 2..K.
+
+    Build it when the LM is on the device and in the dtype that it is to run in.
+
+    Args:
+        causal_lm: takes ``inputs_embeds``, ``position_ids``, a 4-D ``attention_mask`` and ``past_key_values``, attends
+            to all earlier positions, and its logits are its output embeddings times its last hidden state.
+        mtp_heads: heads 2..K, None for K = 1.
+
+    Raises:
+        ValueError: the LM has no end-of-text token.
+    """
+
+    def __init__(self, causal_lm: PreTrainedModel, mtp_heads: MTPHeads | None = None):
+        config = causal_lm.config
+        end = config.eos_token_id
+        if end is None:
+            raise ValueError("the decoder's configuration has no eos_token_id: texts would never end")
+        self.body: nn.Module = causal_lm.base_model
+        self.lm_head: nn.Linear = causal_lm.get_output_embeddings()
+        self.embed_tokens: nn.Embedding = causal_lm.get_input_embeddings()
+        self.mtp_heads = mtp_heads
+        self.num_heads = 1 if mtp_heads is None else mtp_heads.num_heads
+        self.max_positions: int = config.max_position_embeddings
+        self.vocab_size: int = config.vocab_size
+        self.end_tokens = frozenset([end] if isinstance(end, int) else end)
+        self.device = causal_lm.device
+        self.dtype = causal_lm.dtype
+
+    def new_cache(self, prompts: Prompts) -> RaggedCache:
+        return RaggedCache(len(prompts.lengths_B), device=self.device)
+
+    def embed(self, tokens_BW: Tensor) -> Tensor:
+        return self.embed_tokens(tokens_BW)
+
+    def call(
+        self, embeddings_BWD: Tensor, positions_BW: Tensor, mask_B1WS: Tensor, cache: RaggedCache | None
+    ) -> Tensor:
+        return self.body(
+            inputs_embeds=embeddings_BWD,
+            position_ids=positions_BW,
+            attention_mask=mask_B1WS,
+            past_key_values=cache,
+            use_cache=cache is not None,
+        ).last_hidden_state
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return self.lm_head(hidden)
+
+    def draft_logits(self, hidden_BD: Tensor, first_tokens_B: Tensor, num_drafts: int) -> Tensor:
+        assert self.mtp_heads is not None
+        assert num_drafts < self.num_heads
+        return self.mtp_heads.draft_logits(hidden_BD, first_tokens_B, self.lm_head, self.embed_tokens, num_drafts)
+
+
+class SpeechLlamaDecoder(CausalLMDecoder):
+    """The decoding side of a Speech-LLaMA."""
+
+    def __init__(self, model: SpeechLlamaForConditionalGeneration):
+        super().__init__(model.decoder, model.mtp_heads)

@@ -1,0 +1,312 @@
+"""The decoding loop: every strategy, every draft source, any number of rows at any positions.
+
+A step is one decoder call. It feeds each row's *pending* tokens (emitted, but not in the cache yet; before the
+prefill, the prompt) and the draft behind them; keeps the draft as far as head 1 agrees; emits that, head 1's next
+token, and what the strategy trusts; and reads from the same call what heads 2..K guess next. Rows are padded on the
+right, where the causal mask hides it.
+
+Shapes: B rows, L prompt positions, W step width, R positions read by head 1, J drafted tokens, G guesses of heads
+2..K, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from leapasr.decoding.cache import RaggedCache
+from leapasr.decoding.drafts import Drafter, MTPDrafter
+from leapasr.decoding.guards import Guards, guard_rows
+from leapasr.decoding.interface import Decoder, Prompts
+from leapasr.decoding.options import DecodingOptions, DecodingResult, Truncation
+from leapasr.decoding.strategies import Strategy, build_strategy, matching_prefix
+from leapasr.decoding.trace import DraftToken, TokenRecord
+from leapasr.model.speech_llama import join_rows
+
+MAX_VOCAB_SIZE = 2**24  # ids travel to the host as float32, which is exact up to here
+
+
+@dataclass(slots=True)
+class _Row:
+    """One utterance, from the moment it is added to its last token."""
+
+    key: int
+    prompt_length: int
+    guards: Guards
+    drafter: Drafter
+    tokens: list[int] = field(default_factory=list)
+    trace: list[TokenRecord] = field(default_factory=list)
+    pending: list[int] = field(default_factory=list)
+    guesses: Sequence[DraftToken] = ()
+    num_calls: int = 0
+    done: bool = False
+    truncated: Truncation | None = None
+
+    def emit(self, record: TokenRecord, end_tokens: frozenset[int]) -> None:
+        """Append one token, unless it ends the text; `done` tells whether the row ends here."""
+        self.trace.append(record)
+        if record.token in end_tokens:
+            self.done = True
+            return
+        self.tokens.append(record.token)
+        cut = self.guards.cut(self.tokens)
+        if cut is not None:
+            num_kept, self.truncated = cut
+            del self.tokens[num_kept:]
+            self.done = True
+
+    def result(self) -> DecodingResult:
+        return DecodingResult(self.tokens, self.num_calls, self.trace, self.truncated)
+
+
+class _Reading(NamedTuple):
+    """What a call said about one row.
+
+    Attributes:
+        tokens: head 1's choices, after the last pending token and after each drafted one.
+        log_probabilities: of these, natural logs.
+        num_accepted: drafted tokens that head 1 agrees with, before the first that it does not.
+        guesses: of heads 2..K, behind `tokens[num_accepted]`.
+    """
+
+    tokens: list[int]
+    log_probabilities: list[float]
+    num_accepted: int
+    guesses: list[DraftToken]
+
+    @classmethod
+    def parse(cls, line: list[float], R: int, G: int) -> _Reading:
+        """Read a line of 1 + R + R + G + G numbers: accepted, tokens, their logs, guesses, their probabilities."""
+        guesses, probabilities = line[1 + 2 * R : 1 + 2 * R + G], line[1 + 2 * R + G :]
+        return cls(
+            tokens=[int(token) for token in line[1 : 1 + R]],
+            log_probabilities=line[1 + R : 1 + 2 * R],
+            num_accepted=int(line[0]),
+            guesses=[
+                DraftToken(int(token), probability, f"head{k}")
+                for k, (token, probability) in enumerate(zip(guesses, probabilities, strict=True), 2)
+            ],
+        )
+
+
+def best_tokens(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The likeliest ids (...) of logits (..., V), and their natural-log probabilities (...) in at least float32."""
+    tokens = logits.argmax(-1)  # before any cast, for ties to fall as in transformers' greedy search
+    scores = logits.float() if logits.dtype.itemsize < 4 else logits
+    return tokens, scores.amax(-1) - scores.logsumexp(-1)
+
+
+class DecodingLoop:
+    """Rows being decoded together; more may join at any time.
+
+        loop = DecodingLoop(decoder, options)
+        keys = loop.add(prompts)
+        while loop:
+            for key, result in loop.step().items(): ...
+
+    What a row gets does not depend on the rows beside it.
+
+    Args:
+        decoder: see `Decoder`.
+        options: see `DecodingOptions`.
+        strategy: another strategy than the one that the options name.
+
+    Raises:
+        ValueError: the options ask for what the decoder does not have.
+    """
+
+    def __init__(self, decoder: Decoder, options: DecodingOptions, *, strategy: Strategy | None = None):
+        assert decoder.vocab_size < MAX_VOCAB_SIZE
+        options.check(decoder.num_heads)
+        self.decoder = decoder
+        self.options = options
+        self.strategy = strategy or build_strategy(options, decoder.num_heads)
+        self._rows: list[_Row] = []
+        self._cache: RaggedCache | None = None
+        self._waiting: deque[tuple[list[_Row], Prompts]] = deque()
+        self._num_added = 0
+
+    def __bool__(self) -> bool:
+        """Whether there is a row left to decode."""
+        return bool(self._rows or self._waiting)
+
+    def add(
+        self, prompts: Prompts, *, max_tokens: Sequence[int] | None = None, drafters: Sequence[Drafter] | None = None
+    ) -> list[int]:
+        """Let rows join; their prefill is a coming step of its own.
+
+        Args:
+            prompts: what the rows begin with.
+            max_tokens: each row's token bound, from its number of encoder frames.
+            drafters: each row's draft source, for strategy ``verify``; None takes the one that the options name.
+
+        Returns:
+            the rows' keys, under which `step` returns their results.
+
+        Raises:
+            ValueError: bounds or drafters do not match the rows, or a prompt leaves no room for text.
+        """
+        num_rows = len(prompts.lengths_B)
+        if drafters is None:
+            drafters = [MTPDrafter() for _ in range(num_rows)]
+        if len(drafters) != num_rows:
+            raise ValueError(f"{len(drafters)} drafters for {num_rows} prompts: give one for each")
+        lengths = prompts.lengths_B.tolist()
+        guards = guard_rows(self.options, self.decoder, lengths, max_tokens)
+        keys = range(self._num_added, self._num_added + num_rows)
+        self._num_added += num_rows
+        if num_rows:
+            self._waiting.append(([_Row(*row) for row in zip(keys, lengths, guards, drafters, strict=True)], prompts))
+        return list(keys)
+
+    @torch.inference_mode()
+    def step(self) -> dict[int, DecodingResult]:
+        """One decoder call: the prefill of rows that wait, if any do, else the next step of all others.
+
+        Returns:
+            the results of the rows that ended, by their keys.
+        """
+        if self._waiting:
+            rows, prompts = self._waiting.popleft()
+            cache = self.decoder.new_cache(prompts)
+            self._advance(rows, cache, prompts)
+        else:
+            rows, cache = self._rows, self._cache
+            self._rows, self._cache = [], None
+            self._advance(rows, cache, None)
+        going = [index for index, row in enumerate(rows) if not row.done]
+        if going:
+            if len(going) < len(rows):
+                cache.select(going)
+            if self._cache is None:
+                self._cache = cache
+            else:
+                self._cache.join(cache)
+            self._rows = self._rows + [rows[index] for index in going]
+        return {row.key: row.result() for row in rows if row.done}
+
+    def _advance(self, rows: list[_Row], cache: RaggedCache, prompts: Prompts | None) -> None:
+        """Feed pending tokens (or the prompts) and drafts, emit what comes of it, commit what holds."""
+        drafts = [self._draft(row) for row in rows]
+        tokens = [row.pending + [drafted.token for drafted in draft] for row, draft in zip(rows, drafts, strict=True)]
+        embeddings_BWD = self.decoder.embed(self._padded(tokens, 0))
+        if prompts is None:
+            num_known = [len(row.pending) for row in rows]
+        else:
+            num_known = [row.prompt_length for row in rows]
+            if any(drafts):
+                num_tokens_B = torch.tensor([len(row) for row in tokens], device=self.decoder.device)
+                embeddings_BWD, _ = join_rows(prompts.embeddings_BLD, prompts.lengths_B, embeddings_BWD, num_tokens_B)
+            else:
+                embeddings_BWD = prompts.embeddings_BLD
+
+        positions_BW, mask_B1WS = cache.plan(embeddings_BWD.shape[1], self.decoder.dtype)
+        hidden_BWD = self.decoder.call(embeddings_BWD, positions_BW, mask_B1WS, cache)
+        readings = self._read(hidden_BWD, num_known, drafts)
+        for row, draft, reading in zip(rows, drafts, readings, strict=True):
+            row.num_calls += 1
+            self._emit(row, draft, reading)
+        cache.commit([known + reading.num_accepted for known, reading in zip(num_known, readings, strict=True)])
+
+    def _draft(self, row: _Row) -> Sequence[DraftToken]:
+        """What the row's next call verifies: nothing that could not be emitted."""
+        draft = self.strategy.propose(row.drafter, row.tokens, row.guesses)
+        room = row.guards.max_tokens - len(row.tokens) - 1  # the bonus token takes one
+        for index, drafted in enumerate(draft[:room]):
+            if drafted.token in self.decoder.end_tokens:
+                return draft[: index + 1]
+        return draft[:room]
+
+    def _padded(self, rows: Sequence[Sequence[int]], fill: int) -> Tensor:
+        """Ids of uneven rows as one int64 tensor, padded on the right."""
+        width = max(map(len, rows))
+        padded = [[*row, *[fill] * (width - len(row))] for row in rows]
+        return torch.tensor(padded, dtype=torch.long, device=self.decoder.device)
+
+    def _read(
+        self, hidden_BWD: Tensor, num_known: Sequence[int], drafts: Sequence[Sequence[DraftToken]]
+    ) -> list[_Reading]:
+        """All that a call says, in one transfer to the host.
+
+        Args:
+            hidden_BWD: hidden states of everything fed.
+            num_known: inputs of each row before its draft.
+            drafts: each row's draft.
+        """
+        B, W, _ = hidden_BWD.shape
+        draft_BJ = self._padded([[drafted.token for drafted in draft] for draft in drafts], -1)
+        R = draft_BJ.shape[1] + 1
+        rows_B = torch.arange(B, device=hidden_BWD.device)
+        if max(num_known) > 1:
+            last_known_B = torch.tensor(num_known, device=hidden_BWD.device) - 1
+            index_BR = last_known_B[:, None] + torch.arange(R, device=hidden_BWD.device)
+            hidden_BRD = hidden_BWD[rows_B[:, None], index_BR.clamp_(max=W - 1)]
+        else:
+            hidden_BRD = hidden_BWD
+        tokens_BR, log_probs_BR = best_tokens(self.decoder.logits(hidden_BRD))
+        num_accepted_B = matching_prefix(draft_BJ, tokens_BR[:, :-1])
+        columns = [num_accepted_B[:, None], tokens_BR, log_probs_BR]
+
+        G = self.strategy.num_guesses
+        if G:
+            next_tokens_B = tokens_BR[rows_B, num_accepted_B]
+            guess_logits_BGV = self.decoder.draft_logits(hidden_BRD[rows_B, num_accepted_B], next_tokens_B, G)
+            guesses_BG, guess_log_probs_BG = best_tokens(guess_logits_BGV)
+            columns += [guesses_BG, guess_log_probs_BG.exp()]
+
+        table = torch.cat([column.float() for column in columns], 1).tolist()
+        return [_Reading.parse(line, R, G) for line in table]
+
+    def _emit(self, row: _Row, draft: Sequence[DraftToken], reading: _Reading) -> None:
+        """Emit accepted tokens, head 1's token behind them and trusted guesses, until the row ends."""
+        step, num_accepted = row.num_calls - 1, reading.num_accepted
+        trusted = reading.guesses[: self.strategy.num_trusted(reading.guesses)]
+        records = [
+            TokenRecord(token, step, drafted.source, drafted.probability, log_probability)
+            for drafted, token, log_probability in zip(
+                draft[:num_accepted], reading.tokens, reading.log_probabilities, strict=False
+            )
+        ]
+        records.append(
+            TokenRecord(
+                token=reading.tokens[num_accepted],
+                step=step,
+                source="bonus" if draft else "head1",
+                draft_probability=None,
+                log_probability=reading.log_probabilities[num_accepted],
+                rejected=draft[num_accepted] if num_accepted < len(draft) else None,
+            )
+        )
+        records += [TokenRecord(guess.token, step, guess.source, guess.probability, None) for guess in trusted]
+        for record in records:
+            row.emit(record, self.decoder.end_tokens)
+            if row.done:
+                return
+        row.pending = [reading.tokens[num_accepted], *(guess.token for guess in trusted)]
+        row.guesses = reading.guesses[len(trusted) :]
+
+
+def decode(
+    decoder: Decoder,
+    prompts: Prompts,
+    options: DecodingOptions,
+    *,
+    max_tokens: Sequence[int] | None = None,
+    drafters: Sequence[Drafter] | None = None,
+) -> list[DecodingResult]:
+    """Decode a batch of prompts: a result for each, in their order. Arguments as in `DecodingLoop`.
+
+    Raises:
+        ValueError: the options do not fit the decoder, or the arguments do not fit each other.
+    """
+    loop = DecodingLoop(decoder, options)
+    keys = loop.add(prompts, max_tokens=max_tokens, drafters=drafters)
+    results: dict[int, DecodingResult] = {}
+    while loop:
+        results |= loop.step()
+    return [results[key] for key in keys]

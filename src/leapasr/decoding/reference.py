@@ -1,0 +1,57 @@
+"""The slow, obvious reference: greedy decoding of one row at a time, without a cache.
+
+It is the oracle of the tests: whatever `decode` does to be fast, exact strategies give these tokens.
+
+Shapes: B rows, L positions, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from leapasr.decoding.guards import Guards, guard_rows
+from leapasr.decoding.interface import Decoder, Prompts
+from leapasr.decoding.options import DecodingOptions, DecodingResult
+from leapasr.decoding.trace import TokenRecord
+
+
+def full_forward(decoder: Decoder, embeddings_LD: Tensor) -> Tensor:
+    """Hidden states (L, D) of one row's whole input (L, D), without a cache."""
+    L = len(embeddings_LD)
+    positions_L = torch.arange(L, device=decoder.device)
+    mask_LL = torch.full((L, L), torch.finfo(decoder.dtype).min, dtype=decoder.dtype, device=decoder.device).triu(1)
+    return decoder.call(embeddings_LD[None], positions_L[None], mask_LL[None, None], None)[0]
+
+
+@torch.inference_mode()
+def decode_reference(
+    decoder: Decoder, prompts: Prompts, options: DecodingOptions, *, max_tokens: Sequence[int] | None = None
+) -> list[DecodingResult]:
+    """What `decode` gives with strategy ``autoregressive``; of the options only the guards are read."""
+    lengths = prompts.lengths_B.tolist()
+    guards = guard_rows(options, decoder, lengths, max_tokens)
+    return [
+        _decode_row(decoder, prompt_LD[:length], row_guards)
+        for prompt_LD, length, row_guards in zip(prompts.embeddings_BLD, lengths, guards, strict=True)
+    ]
+
+
+def _decode_row(decoder: Decoder, prompt_LD: Tensor, guards: Guards) -> DecodingResult:
+    tokens: list[int] = []
+    trace: list[TokenRecord] = []
+    while True:
+        text = torch.tensor(tokens, dtype=torch.long, device=decoder.device)
+        embeddings = torch.cat([prompt_LD, decoder.embed(text[None])[0]])
+        log_probs_V = decoder.logits(full_forward(decoder, embeddings)[-1]).log_softmax(-1)
+        token = int(log_probs_V.argmax())
+        trace.append(TokenRecord(token, len(trace), "head1", None, float(log_probs_V[token])))
+        if token in decoder.end_tokens:
+            return DecodingResult(tokens, len(trace), trace, None)
+        tokens.append(token)
+        cut = guards.cut(tokens)
+        if cut is not None:
+            num_kept, truncated = cut
+            return DecodingResult(tokens[:num_kept], len(trace), trace, truncated)

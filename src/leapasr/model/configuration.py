@@ -1,0 +1,102 @@
+"""SpeechLlamaConfig: everything that fixes the shape of a Speech-LLaMA with multi-token prediction."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+
+HEAD_TYPES = ("projection", "latent", "residual", "sequential")
+
+
+def _as_config(value: dict[str, Any] | PreTrainedConfig | None, default_type: str) -> PreTrainedConfig:
+    if isinstance(value, PreTrainedConfig):
+        return value
+    fields = dict(value or {})
+    model_type = fields.pop("model_type", default_type)
+    if model_type not in CONFIG_MAPPING:
+        raise ValueError(f"unknown model type {model_type!r}: this version of transformers does not know it")
+    return CONFIG_MAPPING[model_type](**fields)
+
+
+class SpeechLlamaConfig(PreTrainedConfig):
+    """Configuration of `SpeechLlamaForConditionalGeneration`.
+
+    Args:
+        encoder_config: transformers configuration of the speech encoder (``whisper`` or ``parakeet_encoder``).
+        decoder_config: transformers configuration of a LLaMA-like causal LM.
+        adapter_size: width of the adapter.
+        adapter_layers: bidirectional layers of the adapter, at the rate of the CTC head.
+        adapter_attention_heads: attention heads of these layers.
+        adapter_ffn_size: width of their feed-forward part.
+        encoder_stacking: encoder frames stacked to one adapter frame (Whisper: 2, from 50 to 25 a second).
+        decoder_stacking: adapter frames stacked to one speech embedding (2: 12.5 a second).
+        ctc_in_prompt: add the CTC posterior's expected token embedding to each speech embedding.
+        num_heads: K, the tokens predicted per decoder call; head 1 is the decoder's own.
+        head_type: architecture of heads 2..K: ``projection``, ``latent``, ``residual`` or ``sequential``.
+        weight_storage: ``float`` or ``int8`` (matrices stored in 8 bits per output channel, widened at load).
+
+    Raises:
+        ValueError: a field is out of range, or an encoder or decoder type is unknown.
+    """
+
+    model_type = "speech_llama"
+    sub_configs = {"encoder_config": AutoConfig, "decoder_config": AutoConfig}
+    has_no_defaults_at_init = True
+
+    def __init__(
+        self,
+        encoder_config: dict[str, Any] | PreTrainedConfig | None = None,
+        decoder_config: dict[str, Any] | PreTrainedConfig | None = None,
+        *,
+        adapter_size: int = 512,
+        adapter_layers: int = 2,
+        adapter_attention_heads: int = 8,
+        adapter_ffn_size: int = 2048,
+        encoder_stacking: int = 2,
+        decoder_stacking: int = 2,
+        ctc_in_prompt: bool = True,
+        num_heads: int = 4,
+        head_type: str = "latent",
+        weight_storage: str = "float",
+        **kwargs: Any,
+    ):
+        if num_heads < 1:
+            raise ValueError(f"num_heads must be at least 1 (K = 1 is plain decoding), got {num_heads}")
+        if head_type not in HEAD_TYPES:
+            raise ValueError(f"unknown head_type {head_type!r}: choose one of {', '.join(HEAD_TYPES)}")
+        if weight_storage not in ("float", "int8"):
+            raise ValueError(f"unknown weight_storage {weight_storage!r}: choose 'float' or 'int8'")
+        if encoder_stacking < 1 or decoder_stacking < 1:
+            raise ValueError(f"stacking must be at least 1, got {encoder_stacking} and {decoder_stacking}")
+        if adapter_size % adapter_attention_heads:
+            raise ValueError(
+                f"adapter_size {adapter_size} is not a multiple of adapter_attention_heads {adapter_attention_heads}"
+            )
+        self.encoder_config = _as_config(encoder_config, "whisper")
+        self.decoder_config = _as_config(decoder_config, "llama")
+        self.adapter_size = adapter_size
+        self.adapter_layers = adapter_layers
+        self.adapter_attention_heads = adapter_attention_heads
+        self.adapter_ffn_size = adapter_ffn_size
+        self.encoder_stacking = encoder_stacking
+        self.decoder_stacking = decoder_stacking
+        self.ctc_in_prompt = ctc_in_prompt
+        self.num_heads = num_heads
+        self.head_type = head_type
+        self.weight_storage = weight_storage
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            kwargs[name] = getattr(self.decoder_config, name)
+        super().__init__(**kwargs)
+
+    @property
+    def blank_token_id(self) -> int:
+        """The CTC blank: the padding token, which no text contains."""
+        return self.decoder_config.pad_token_id
+
+    @property
+    def vocab_size(self) -> int:
+        return self.decoder_config.vocab_size
+
+    def get_text_config(self, *args: Any, **kwargs: Any) -> PreTrainedConfig:
+        return self.decoder_config

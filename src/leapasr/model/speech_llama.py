@@ -1,0 +1,163 @@
+"""SpeechLlamaForConditionalGeneration: encoder + adapter + CTC head + LLaMA decoder + multi-token heads.
+
+The prompt of a row is its speech embeddings followed by the begin-of-text token; text follows. Rows are
+right-padded, so that padding always lies behind what a causal mask lets a real position see.
+
+Shapes: B rows, T frames, L speech embeddings, M text tokens, U = M + 1 text positions (begin-of-text and
+the tokens), D decoder width, V vocabulary, F mel bins.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from leapasr.model.adapter import Adapter, SpeechProjection
+from leapasr.model.configuration import SpeechLlamaConfig
+from leapasr.model.encoders import build_encoder
+from leapasr.model.mtp_heads import build_heads
+
+
+@dataclass
+class SpeechEncoding:
+    """What the speech side gives for a batch.
+
+    ctc_logits_BTV (B, T, V) at `model.ctc_frame_rate` frames a second with lengths ctc_lengths_B (B,);
+    embeddings_BLD (B, L, D) for the decoder's prompt with lengths lengths_B (B,).
+    """
+
+    ctc_logits_BTV: Tensor
+    ctc_lengths_B: Tensor
+    embeddings_BLD: Tensor
+    lengths_B: Tensor
+
+
+@dataclass
+class SpeechLlamaOutput:
+    """A training forward pass: the encoding, and the logits of heads 1..K at every text position, K × (B, U, V)."""
+
+    encoding: SpeechEncoding
+    head_logits: list[Tensor]
+
+
+def join_rows(
+    first_BLD: Tensor, first_lengths_B: Tensor, second_BUD: Tensor, second_lengths_B: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Put each row's second part directly behind the valid positions of its first part.
+
+    Returns the joined rows (B, L', D), right-padded with whatever lies there, and the index (B, L') of each
+    joined position within the concatenation of both parts. L' is the longest joined row.
+    """
+    B, L, _ = first_BLD.shape
+    U = second_BUD.shape[1]
+    longest = first_lengths_B.max() + U if second_lengths_B is None else (first_lengths_B + second_lengths_B).max()
+    position = torch.arange(int(longest), device=first_BLD.device)[None]
+    index_BP = torch.where(
+        position < first_lengths_B[:, None], position, L + (position - first_lengths_B[:, None]).clamp(max=U - 1)
+    )
+    both = torch.cat([first_BLD, second_BUD], 1)
+    return both.gather(1, index_BP[..., None].expand(-1, -1, both.shape[-1])), index_BP
+
+
+class SpeechLlamaForConditionalGeneration(PreTrainedModel):
+    """A Speech-LLaMA whose decoder predicts K tokens per call.
+
+    Args:
+        config: see `SpeechLlamaConfig`.
+    """
+
+    config_class = SpeechLlamaConfig
+    main_input_name = "input_features"
+    base_model_prefix = ""
+    _supports_sdpa = True
+    input_modalities = ("audio",)
+
+    def __init__(self, config: SpeechLlamaConfig):
+        super().__init__(config)
+        self.encoder = build_encoder(config.encoder_config)
+        self.adapter = Adapter(config, self.encoder.output_size)
+        self.ctc_head = nn.Linear(config.adapter_size, config.vocab_size)
+        self.speech_projection = SpeechProjection(config)
+        self.decoder = AutoModelForCausalLM.from_config(config.decoder_config)
+        self.mtp_heads = build_heads(config)
+        self.post_init()
+        if self.mtp_heads is not None:
+            self.mtp_heads.reset_from(self.decoder.lm_head)
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.decoder.get_input_embeddings()
+
+    def get_output_embeddings(self) -> nn.Linear:
+        return self.decoder.lm_head
+
+    @property
+    def num_heads(self) -> int:
+        """K: tokens predicted per decoder call."""
+        return self.config.num_heads
+
+    @property
+    def ctc_frame_rate(self) -> float:
+        """CTC frames a second."""
+        return self.encoder.frame_rate / self.config.encoder_stacking
+
+    def encode(self, input_features: Tensor, feature_lengths: Tensor) -> SpeechEncoding:
+        """Encode log-mel features (B, T, F) with valid lengths (B,); rows do not see each other's padding."""
+        frames, lengths_B = self.encoder(input_features, feature_lengths)
+        return self.encode_frames(frames, lengths_B)
+
+    def encode_frames(self, frames_BTD: Tensor, lengths_B: Tensor) -> SpeechEncoding:
+        """The part behind the encoder: encoder frames (B, T, D) and lengths (B,) to a `SpeechEncoding`."""
+        frames, ctc_lengths_B = self.adapter(frames_BTD, lengths_B)
+        ctc_logits = self.ctc_head(frames)
+        embeddings, lengths_B = self.speech_projection(
+            frames, ctc_lengths_B, ctc_logits, self.get_input_embeddings().weight
+        )
+        return SpeechEncoding(ctc_logits, ctc_lengths_B, embeddings, lengths_B)
+
+    def prompt(self, encoding: SpeechEncoding) -> tuple[Tensor, Tensor]:
+        """Prompt embeddings (B, L + 1, D), begin-of-text included, right-padded, and prompt lengths (B,)."""
+        B = len(encoding.lengths_B)
+        begin = torch.full((B, 1), self.config.bos_token_id, device=encoding.lengths_B.device)
+        prompt, _ = join_rows(encoding.embeddings_BLD, encoding.lengths_B, self.get_input_embeddings()(begin))
+        return prompt, encoding.lengths_B + 1
+
+    def read_text(
+        self, embeddings_BLD: Tensor, lengths_B: Tensor, text_BM: Tensor, *, num_heads: int | None = None
+    ) -> list[Tensor]:
+        """Teacher-forced logits of heads 1..K behind a prefix of embeddings.
+
+        Args:
+            embeddings_BLD: prefix (B, L, D), without begin-of-text.
+            lengths_B: valid prefix positions (B,).
+            text_BM: token ids (B, M), padded with any id behind each row's end.
+            num_heads: 1 for head 1 alone; None for all K.
+
+        Returns:
+            `num_heads` tensors (B, U, V); at position u (0 is begin-of-text) head k predicts token u + k.
+        """
+        begin = text_BM.new_full((len(text_BM), 1), self.config.bos_token_id)
+        text_BUD = self.get_input_embeddings()(torch.cat([begin, text_BM], 1))
+        joined, _ = join_rows(embeddings_BLD, lengths_B, text_BUD.to(embeddings_BLD.dtype))
+        hidden = self.decoder.model(inputs_embeds=joined, use_cache=False).last_hidden_state
+        U = text_BUD.shape[1]
+        index_BU = lengths_B[:, None] + torch.arange(U, device=lengths_B.device)[None]
+        hidden_BUD = hidden.gather(1, index_BU[..., None].expand(-1, -1, hidden.shape[-1]))
+        logits = [self.decoder.lm_head(hidden_BUD)]
+        if self.mtp_heads is not None and num_heads != 1:
+            next_BUD = nn.functional.pad(text_BUD[:, 1:], (0, 0, 0, 1))
+            logits += self.mtp_heads.training_logits(hidden_BUD, next_BUD, self.decoder.lm_head)
+        return logits
+
+    def forward(self, input_features: Tensor, feature_lengths: Tensor, text_ids: Tensor) -> SpeechLlamaOutput:
+        """Teacher-forced training pass; the losses are in `leapasr.training.losses`.
+
+        Args:
+            input_features: log-mel features (B, T, F).
+            feature_lengths: valid frames (B,).
+            text_ids: token ids (B, M) without begin- and end-of-text, padded with any id.
+        """
+        encoding = self.encode(input_features, feature_lengths)
+        return SpeechLlamaOutput(encoding, self.read_text(encoding.embeddings_BLD, encoding.lengths_B, text_ids))

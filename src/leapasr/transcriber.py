@@ -1,0 +1,423 @@
+"""Transcriber: audio in, text out. Joins audio, processor, model and decoding; `load` makes one.
+
+Shapes: B rows, T CTC frames, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import importlib.resources
+import math
+import os
+import re
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import overload
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from leapasr.audio import SAMPLE_RATE, AudioError, read_audio
+from leapasr.chunks import Chunk, by_length, cut_recording, windows
+from leapasr.decoding import DecodingOptions, DecodingResult, Prompts, SpeechLlamaDecoder, decode
+from leapasr.decoding.ctc import greedy_ctc
+from leapasr.decoding.options import Truncation
+from leapasr.decoding.trace import TokenRecord
+from leapasr.model.configuration import SpeechLlamaConfig
+from leapasr.model.encoders import FEATURE_RATE
+from leapasr.model.processing import SpeechLlamaProcessor
+from leapasr.model.speech_llama import SpeechLlamaForConditionalGeneration
+
+MAX_CHUNK_SECONDS = 25.0
+# A row ends after so many tokens even if the decoder does not end it. Fast speech has about 7 a second.
+MAX_TOKENS_PER_SECOND, MAX_TOKENS_AT_LEAST = 12, 16
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+Audio = str | os.PathLike | bytes | np.ndarray
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A stretch of a recording and what is said there.
+
+    Attributes:
+        start, end: seconds from the recording's start.
+        text: as the model writes it.
+        tokens: its ids, without end-of-text.
+        decoder_calls: decoder calls that it took, the prefill included.
+        truncated: None if the decoder ended the text, else ``length`` or ``repetition``.
+        trace: a record of each token that was emitted, end-of-text included; see `leapasr.decoding.trace`.
+    """
+
+    start: float
+    end: float
+    text: str
+    tokens: list[int]
+    decoder_calls: int
+    truncated: Truncation | None
+    trace: list[TokenRecord] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Transcription:
+    """The text of a recording.
+
+    Attributes:
+        segments: in order; silence has none.
+        audio_seconds: the recording's length.
+        encoder_seconds, decoder_seconds: computing time, of features and encoder and of decoding; a batch's time is
+            split over its rows by their lengths.
+    """
+
+    segments: list[Segment]
+    audio_seconds: float
+    encoder_seconds: float
+    decoder_seconds: float
+
+    @property
+    def text(self) -> str:
+        return " ".join(segment.text for segment in self.segments if segment.text)
+
+    @property
+    def tokens(self) -> list[int]:
+        """Token ids of all segments, without end-of-text."""
+        return [token for segment in self.segments for token in segment.tokens]
+
+    @property
+    def decoder_calls(self) -> int:
+        return sum(segment.decoder_calls for segment in self.segments)
+
+    @property
+    def num_tokens(self) -> int:
+        """Emitted tokens, each segment's end-of-text included: the calls of autoregressive decoding."""
+        return sum(len(segment.trace) for segment in self.segments)
+
+    @property
+    def truncated(self) -> list[Truncation]:
+        """Why segments were cut short; empty if none was."""
+        return [segment.truncated for segment in self.segments if segment.truncated]
+
+    @property
+    def trace(self) -> list[list[TokenRecord]]:
+        """The trace of each segment."""
+        return [segment.trace for segment in self.segments]
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedBatch:
+    """Chunks on the decoder's side of the encoder.
+
+    Attributes:
+        chunks: B chunks.
+        prompts: the decoder's prompts.
+        max_tokens: each row's token bound.
+        ctc_logits_BTV, ctc_lengths_B: CTC logits (B, T, V), `model.ctc_frame_rate` frames a second, and lengths (B,).
+        seconds: time that features and encoder took.
+    """
+
+    chunks: Sequence[Chunk]
+    prompts: Prompts
+    max_tokens: list[int]
+    ctc_logits_BTV: Tensor
+    ctc_lengths_B: Tensor
+    seconds: float
+
+
+@dataclass(frozen=True)
+class DecodedBatch:
+    """A result for each chunk of a batch, and the seconds that decoding took."""
+
+    results: list[DecodingResult]
+    seconds: float
+
+
+class Transcriber:
+    """A model and its processor, ready to transcribe.
+
+    Args:
+        model: in evaluation mode, on its device and in its dtype.
+        processor: features and tokenizer of the model.
+    """
+
+    def __init__(self, model: SpeechLlamaForConditionalGeneration, processor: SpeechLlamaProcessor):
+        self.model = model.eval()
+        self.processor = processor
+        self.decoder = SpeechLlamaDecoder(model)
+
+    @property
+    def max_seconds(self) -> float:
+        """Audio that is encoded and decoded at once; longer recordings are cut at silences."""
+        prompt_rate = self.model.ctc_frame_rate / self.model.config.decoder_stacking
+        room = self.decoder.max_positions - MAX_TOKENS_AT_LEAST - 2
+        return min(
+            MAX_CHUNK_SECONDS,
+            self.model.encoder.max_feature_frames / FEATURE_RATE,
+            room / (prompt_rate + MAX_TOKENS_PER_SECOND),
+        )
+
+    @overload
+    def transcribe(
+        self, audio: Audio, options: DecodingOptions = ..., *, batch_size: int = ...
+    ) -> Transcription: ...  # fmt: skip
+
+    @overload
+    def transcribe(
+        self, audio: list[Audio], options: DecodingOptions = ..., *, batch_size: int = ...
+    ) -> list[Transcription]: ...  # fmt: skip
+
+    def transcribe(self, audio, options=DecodingOptions(), *, batch_size=8):
+        """Transcribe one recording, or each of a list.
+
+        Args:
+            audio: a file's path, a file's bytes, 16 kHz mono samples (num_samples,), or a list of these.
+            options: how to decode.
+            batch_size: chunks of at most `max_seconds` that are computed together, whatever recordings they are of.
+
+        Returns:
+            a transcription, or a list of them for a list.
+
+        Raises:
+            AudioError: audio cannot be read; of a list, nothing is returned then (see `transcribe_each`).
+            ValueError: the options do not fit the model, or `batch_size` is less than 1.
+        """
+        is_list = isinstance(audio, (list, tuple))
+        results = {}
+        for index, result in self.transcribe_each(audio if is_list else [audio], options, batch_size=batch_size):
+            if isinstance(result, AudioError):
+                raise result
+            results[index] = result
+        return [results[index] for index in range(len(results))] if is_list else results[0]
+
+    def transcribe_each(
+        self, sources: Iterable[Audio], options: DecodingOptions = DecodingOptions(), *, batch_size: int = 8
+    ) -> Iterator[tuple[int, Transcription | AudioError]]:
+        """Transcribe any number of recordings: yields the index of each, with its transcription or what is wrong.
+
+        About half an hour of audio is held in memory at once; what cannot be read is told as soon as it is met.
+
+        Raises:
+            ValueError: as in `transcribe`.
+        """
+        options.check(self.decoder.num_heads)
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        errors: list[tuple[int, AudioError]] = []
+
+        def readable() -> Iterator[tuple[int, np.ndarray]]:
+            for index, source in enumerate(sources):
+                try:
+                    yield index, as_samples(source)
+                except AudioError as error:
+                    errors.append((index, error))
+
+        for window in windows(readable()):
+            yield from _drained(errors)
+            yield from self._transcribe_window(window, options, batch_size)
+        yield from _drained(errors)
+
+    def _transcribe_window(
+        self, window: Sequence[tuple[int, np.ndarray]], options: DecodingOptions, batch_size: int
+    ) -> Iterator[tuple[int, Transcription]]:
+        segments: dict[int, list[Segment]] = {index: [] for index, _ in window}
+        seconds = {index: np.zeros(2) for index, _ in window}
+        for chunks in by_length(self.cut(window), batch_size):
+            encoded = self.encode(chunks)
+            decoded = self.decode(encoded, options)
+            total = sum(chunk.seconds for chunk in chunks)
+            for chunk, result in zip(chunks, decoded.results, strict=True):
+                segments[chunk.recording].append(self._segment(chunk, result))
+                seconds[chunk.recording] += np.array([encoded.seconds, decoded.seconds]) * chunk.seconds / total
+        for index, samples in window:
+            ordered = sorted(segments[index], key=lambda segment: segment.start)
+            yield index, Transcription(ordered, len(samples) / SAMPLE_RATE, *map(float, seconds[index]))
+
+    def _segment(self, chunk: Chunk, result: DecodingResult) -> Segment:
+        return Segment(
+            start=chunk.start,
+            end=chunk.end,
+            text=self.processor.decode_text(result.tokens),
+            tokens=result.tokens,
+            decoder_calls=result.num_calls,
+            truncated=result.truncated,
+            trace=result.trace,
+        )
+
+    def cut(self, recordings: Iterable[tuple[int, np.ndarray]]) -> list[Chunk[int]]:
+        """The chunks of recordings (key, samples) that can hold speech, none longer than `max_seconds`."""
+        return [
+            chunk for key, samples in recordings for chunk in cut_recording(key, samples, max_seconds=self.max_seconds)
+        ]
+
+    @torch.inference_mode()
+    def encode(self, chunks: Sequence[Chunk]) -> EncodedBatch:
+        """Features, encoder and adapter of chunks, none longer than `max_seconds`."""
+        model = self.model
+        with _timed(model.device) as timer:
+            features, lengths_B = self.processor.pad([self.processor.features(chunk.samples) for chunk in chunks])
+            encoding = model.encode(features.to(model.device, model.dtype), lengths_B.to(model.device))
+            prompts = Prompts(*model.prompt(encoding))
+        seconds = [length / model.ctc_frame_rate for length in encoding.ctc_lengths_B.tolist()]
+        return EncodedBatch(
+            chunks=chunks,
+            prompts=prompts,
+            max_tokens=[MAX_TOKENS_AT_LEAST + math.ceil(MAX_TOKENS_PER_SECOND * length) for length in seconds],
+            ctc_logits_BTV=encoding.ctc_logits_BTV,
+            ctc_lengths_B=encoding.ctc_lengths_B,
+            seconds=timer.seconds,
+        )
+
+    def decode(self, batch: EncodedBatch, options: DecodingOptions) -> DecodedBatch:
+        """Decode a batch; it may be decoded again with other options.
+
+        Raises:
+            ValueError: the options do not fit the model.
+        """
+        with _timed(self.model.device) as timer:
+            results = decode(self.decoder, batch.prompts, options, max_tokens=batch.max_tokens)
+        return DecodedBatch(results, timer.seconds)
+
+    def ctc_tokens(self, batch: EncodedBatch) -> list[list[int]]:
+        """What the CTC head alone says, greedily: token ids of each row."""
+        return greedy_ctc(batch.ctc_logits_BTV, batch.ctc_lengths_B, blank=self.model.config.blank_token_id)
+
+    def ctc_text(self, audio: Audio) -> str:
+        """What the CTC head alone writes for one recording, greedily; arguments and errors as in `transcribe`."""
+        chunks = self.cut([(0, as_samples(audio))])
+        tokens = [self.ctc_tokens(self.encode([chunk]))[0] for chunk in chunks]
+        return " ".join(filter(None, map(self.processor.decode_text, tokens)))
+
+
+def _drained(items: list) -> Iterator:
+    while items:
+        yield items.pop(0)
+
+
+class _Timer:
+    seconds = math.nan
+
+
+@contextmanager
+def _timed(device: torch.device) -> Iterator[_Timer]:
+    """Wall-clock seconds of the block, work that an accelerator still has to do included."""
+    timer = _Timer()
+    _synchronize(device)
+    start = time.perf_counter()
+    yield timer
+    _synchronize(device)
+    timer.seconds = time.perf_counter() - start
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def as_samples(audio: Audio) -> np.ndarray:
+    """16 kHz mono float32 samples (num_samples,) of a file, of its bytes, or of samples already there.
+
+    Raises:
+        AudioError: the file cannot be read, or the array is not mono floating-point samples.
+    """
+    if not isinstance(audio, np.ndarray):
+        return read_audio(audio)
+    if audio.ndim != 1 or not np.issubdtype(audio.dtype, np.floating):
+        raise AudioError(
+            f"samples must be floating-point, mono and 16 kHz, shape (num_samples,), got {audio.dtype} {audio.shape}: "
+            "average channels, divide 16-bit integers by 32768, or give the file's path or bytes"
+        )
+    if not np.isfinite(audio).all():
+        raise AudioError(f"{np.sum(~np.isfinite(audio))} of {len(audio)} samples are not finite numbers")
+    return audio.astype(np.float32, copy=False)
+
+
+def load(
+    model: str | os.PathLike | None = None, *, device: str | torch.device | None = None, dtype: str | None = None
+) -> Transcriber:
+    """Load a model and its processor.
+
+    Args:
+        model: a folder or a hub name; None takes the model inside the package.
+        device: ``cpu``, ``cuda``, ``cuda:1``, ...; None takes a GPU where there is one.
+        dtype: ``float32`` (if None), ``bfloat16`` or ``float16``.
+
+    Raises:
+        ValueError: there is no such model, it is of another architecture, files are missing or damaged, or the
+            device or dtype is not known.
+    """
+    torch_dtype = _dtype(dtype)
+    torch_device = _device(device)
+    place = _located(model)
+    network = _read_model(place, torch_dtype)
+    try:
+        processor = SpeechLlamaProcessor.from_pretrained(place)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{place} has no usable processor (tokenizer and features): {_first_line(error)}") from error
+    return Transcriber(network.to(torch_device), processor)
+
+
+def _dtype(name: str | None) -> torch.dtype:
+    if name is not None and name not in DTYPES:
+        raise ValueError(f"unknown dtype {name!r}: choose one of {', '.join(DTYPES)}")
+    return DTYPES[name or "float32"]
+
+
+def _device(name: str | torch.device | None) -> torch.device:
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {str(name)!r} cannot be used ({_first_line(error)}): try 'cpu'") from error
+    return device
+
+
+def _located(model: str | os.PathLike | None) -> str:
+    """The folder or hub name to load from."""
+    if model is None:
+        shipped = importlib.resources.files("leapasr") / "pretrained" / "tiny"
+        if not shipped.is_dir():
+            raise ValueError(f"this installation holds no model ({shipped} is missing): name a model folder")
+        return str(shipped)
+    path = Path(model)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ValueError(f"{path} is no model folder: it has no config.json")
+        return str(path)
+    if path.exists():
+        raise ValueError(f"{path} is a file: give the model's folder")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)) or str(model).startswith("."):
+        raise ValueError(f"model folder not found: {model}")
+    return str(model)
+
+
+def _read_model(place: str, dtype: torch.dtype) -> SpeechLlamaForConditionalGeneration:
+    try:
+        fields, _ = PreTrainedConfig.get_config_dict(place)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"no model {place}: its configuration cannot be read ({_first_line(error)})") from error
+    model_type = fields.get("model_type")
+    if model_type != SpeechLlamaConfig.model_type:
+        raise ValueError(f"{place} is a model of type {model_type!r}, not {SpeechLlamaConfig.model_type!r}")
+    try:
+        network, report = SpeechLlamaForConditionalGeneration.from_pretrained(
+            place, dtype=dtype, output_loading_info=True
+        )
+    except (SafetensorError, OSError, RuntimeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"the weights of {place} cannot be loaded, damaged or incomplete: {_first_line(error)}"
+        ) from error
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(f"{place} lacks {len(missing)} of the model's weights ({missing[0]}, ...): it is incomplete")
+    return network
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0].rstrip(".:") if lines else type(error).__name__

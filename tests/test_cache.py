@@ -1,0 +1,117 @@
+"""RaggedCache: a cached forward equals a full forward, whatever was written, dropped, moved or grown in between.
+
+Shapes: B rows, L positions, W step width, D width.
+"""
+
+import pytest
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from leapasr.decoding import SpeechLlamaDecoder
+from leapasr.decoding.cache import RaggedCache
+from leapasr.decoding.reference import full_forward
+
+LENGTHS = (11, 7, 4)
+
+
+@pytest.fixture(params=[2, 4], ids=["grouped-query", "multi-head"])
+def decoder(request, build_tiny_model):
+    return SpeechLlamaDecoder(build_tiny_model(num_key_value_heads=request.param))
+
+
+@pytest.fixture
+def rows():
+    """Inputs of rows of uneven length, each (L, D)."""
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randn(length, 32, generator=generator, dtype=torch.float64) for length in LENGTHS]
+
+
+def feed(decoder, cache, pieces, num_committed=None):
+    """One call that feeds each row its piece (W, D); returns each row's hidden states."""
+    embeddings_BWD = pad_sequence(pieces, batch_first=True, padding_value=50.0)
+    positions_BW, mask_B1WS = cache.plan(embeddings_BWD.shape[1], decoder.dtype)
+    hidden_BWD = decoder.call(embeddings_BWD, positions_BW, mask_B1WS, cache)
+    cache.commit([len(piece) for piece in pieces] if num_committed is None else num_committed)
+    return [hidden_WD[: len(piece)] for hidden_WD, piece in zip(hidden_BWD, pieces, strict=True)]
+
+
+def junk(num_rows, width):
+    return [torch.randn(width, 32, dtype=torch.float64) for _ in range(num_rows)]
+
+
+def assert_rows_close(actual, expected):
+    for actual_LD, expected_LD in zip(actual, expected, strict=True):
+        torch.testing.assert_close(actual_LD, expected_LD, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("split", range(1, max(LENGTHS)))
+def test_two_calls_equal_a_full_forward_at_every_split(decoder, rows, split):
+    splits = [max(1, min(split - row, len(x) - 1)) for row, x in enumerate(rows)]
+    cache = RaggedCache(len(rows))
+    first = feed(decoder, cache, [x[:at] for x, at in zip(rows, splits, strict=True)])
+    second = feed(decoder, cache, [x[at:] for x, at in zip(rows, splits, strict=True)])
+    assert cache.lengths == list(LENGTHS)
+    cached = [torch.cat(parts) for parts in zip(first, second, strict=True)]
+    assert_rows_close(cached, [full_forward(decoder, x) for x in rows])
+
+
+def test_one_at_a_time_equals_a_full_forward(decoder, rows):
+    cache = RaggedCache(1)
+    cached = [feed(decoder, cache, [rows[0][at : at + 1]])[0] for at in range(LENGTHS[0])]
+    assert_rows_close([torch.cat(cached)], [full_forward(decoder, rows[0])])
+
+
+def test_what_is_not_committed_leaves_no_trace(decoder, rows):
+    torch.manual_seed(0)
+    cache = RaggedCache(len(rows))
+    cached = [[] for _ in rows]
+    at = [0] * len(rows)
+    for width in (2, 1, 3, 2, 3):
+        feed(decoder, cache, junk(len(rows), 5), num_committed=[0] * len(rows))
+        pieces = [x[start : start + width] for x, start in zip(rows, at, strict=True)]
+        # drafts behind the pieces, all rejected
+        fed = [torch.cat([piece, *junk(1, row)]) for row, piece in enumerate(pieces)]
+        hidden = feed(decoder, cache, fed, num_committed=[len(piece) for piece in pieces])
+        for row, piece in enumerate(pieces):
+            cached[row].append(hidden[row][: len(piece)])
+            at[row] += len(piece)
+    assert at == list(LENGTHS)
+    assert_rows_close([torch.cat(parts) for parts in cached], [full_forward(decoder, x) for x in rows])
+
+
+def test_room_beyond_need_changes_nothing(decoder, rows):
+    caches = [RaggedCache(len(rows)), RaggedCache(len(rows))]
+    hidden = []
+    for cache, num_slots in zip(caches, (0, 200), strict=True):
+        feed(decoder, cache, [x[:2] for x in rows])
+        for layer in cache.layers:
+            layer.reserve(num_slots)
+        hidden.append(feed(decoder, cache, [x[2:] for x in rows]))
+    assert caches[0].layers[0].keys.shape[2] < 200 <= caches[1].layers[0].keys.shape[2]
+    assert all(torch.equal(one, other) for one, other in zip(*hidden, strict=True))
+
+
+@pytest.mark.parametrize("order", [[2], [0, 2], [2, 0, 1], [1, 1, 0, 2]], ids=["one", "drop", "reorder", "repeat"])
+def test_selected_rows_go_on_as_they_were(decoder, rows, order):
+    cache = RaggedCache(len(rows))
+    feed(decoder, cache, [x[:-2] for x in rows])
+    cache.select(order)
+    assert cache.lengths == [LENGTHS[row] - 2 for row in order]
+    cached = feed(decoder, cache, [rows[row][-2:] for row in order])
+    assert_rows_close(cached, [full_forward(decoder, rows[row])[-2:] for row in order])
+
+
+@pytest.mark.parametrize("longer_first", [True, False])
+def test_joined_rows_go_on_as_they_were(decoder, rows, longer_first):
+    rows = rows if longer_first else rows[::-1]
+    cache, other = RaggedCache(1), RaggedCache(2)
+    feed(decoder, cache, [x[:-2] for x in rows[:1]])
+    feed(decoder, other, [x[:-2] for x in rows[1:]])
+    cache.join(other)
+    cached = feed(decoder, cache, [x[-2:] for x in rows])
+    assert_rows_close(cached, [full_forward(decoder, x)[-2:] for x in rows])
+
+
+def test_no_more_is_committed_than_was_written(decoder, rows):
+    with pytest.raises(AssertionError, match=r"\[3, 3, 3\] of 2 inputs"):
+        feed(decoder, RaggedCache(len(rows)), [x[:2] for x in rows], num_committed=[3, 3, 3])
