@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, WhisperConfig
+from transformers import LlamaConfig, WhisperConfig, WhisperFeatureExtractor
 
 from leapasr.model.configuration import SpeechLlamaConfig
+from leapasr.model.processing import SpeechLlamaProcessor
 from leapasr.model.speech_llama import SpeechLlamaForConditionalGeneration
+from leapasr.training.tokenizer import train_tokenizer
 
 VOCAB_SIZE, BOS, EOS, PAD = 48, 1, 2, 0
 
@@ -81,3 +84,13 @@ def build_tiny_model() -> Callable[..., SpeechLlamaForConditionalGeneration]:
         return _build(dtype, tuple(sorted(fields.items())))
 
     return build
+
+
+@pytest.fixture(scope="session")
+def tiny_model_folder(build_tiny_model, tmp_path_factory) -> Path:
+    """The tiny random model, float32, saved with a processor: four heads, 1.28 s of audio at once. Do not change it."""
+    folder = tmp_path_factory.mktemp("tiny-model")
+    tokenizer = train_tokenizer(["the cat sat on the mat"], vocab_size=80)
+    build_tiny_model(dtype=torch.float32).save_pretrained(folder)
+    SpeechLlamaProcessor(WhisperFeatureExtractor(feature_size=8), tokenizer).save_pretrained(folder)
+    return folder

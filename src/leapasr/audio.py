@@ -6,7 +6,7 @@ import io
 import os
 import warnings
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 import av
 import numpy as np
@@ -114,7 +114,7 @@ def _decode(container: av.container.InputContainer, stream: av.AudioStream, name
 def _frames(packet: av.Packet) -> list[av.AudioFrame]:
     """The frames of a packet, none where it is damaged (the gap shows in the timestamps)."""
     try:
-        return [frame for frame in packet.decode() if isinstance(frame, av.AudioFrame)]
+        return cast(list[av.AudioFrame], packet.decode())
     except av.FFmpegError:
         return []
 

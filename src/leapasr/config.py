@@ -82,7 +82,7 @@ class TrainingConfig:
     dev: manifests to evaluate on; text: prose for the tokenizer and the ``text`` stage.
     """
 
-    model: ModelPreset
+    model: ModelPreset | None
     stages: tuple[Stage, ...]
     manifests: dict[Path, float]
     dev: tuple[Path, ...]

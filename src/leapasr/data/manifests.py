@@ -373,7 +373,8 @@ def _read_lhotse_cuts(path: Path, problems: list[str]) -> Iterator[Cut]:
 
 def _read_lhotse_folder(folder: Path, problems: list[str]) -> Iterator[Cut]:
     recordings_path, supervisions_path = _named(folder, "recordings"), _named(folder, "supervisions")
-    assert recordings_path and supervisions_path  # that is how the folder was recognised
+    assert recordings_path is not None  # that is how the folder was recognised
+    assert supervisions_path is not None
     recordings = {recording.id: recording for _, recording in _items(recordings_path, Recording, problems)}
     for place, supervision in _items(supervisions_path, SupervisionSegment, problems):
         recording = recordings.get(supervision.recording_id)

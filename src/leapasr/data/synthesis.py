@@ -208,3 +208,21 @@ def synthesize(
     if seconds < hours * 3600:
         raise ValueError(f"only {seconds / 3600:.2f} of {hours} hours could be spoken: the text is too short")
     return manifest
+
+
+def parse_voices(voices: str) -> dict[str, float]:
+    """``ENGINE:SHARE,ENGINE:SHARE`` as a mapping; a share left out is 1.
+
+    Raises:
+        ValueError: a share is not a positive number.
+    """
+    engines = {}
+    for voice in voices.split(","):
+        engine, _, share = voice.partition(":")
+        try:
+            engines[engine] = float(share or 1)
+        except ValueError:
+            raise ValueError(f"share of {engine!r} must be a number, got {share!r}") from None
+        if engines[engine] <= 0:
+            raise ValueError(f"share of {engine!r} must be positive, got {share}")
+    return engines

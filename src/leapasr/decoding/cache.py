@@ -36,6 +36,9 @@ class _Write:
 class RaggedLayer(CacheLayerMixin):
     """One decoder layer's keys and values, (B, H, S, D); S grows by need."""
 
+    keys: Tensor  # type: ignore[assignment]  # None only before the first call
+    values: Tensor  # type: ignore[assignment]
+
     def __init__(self, write: _Write):
         super().__init__()
         self.write = write
@@ -90,11 +93,13 @@ class RaggedCache(Cache):
         lengths: committed slots of each row.
     """
 
+    layers: list[RaggedLayer]  # type: ignore[assignment]
+
     def __init__(self, num_rows: int, *, device: torch.device | str = "cpu"):
         self.lengths = [0] * num_rows
         self.device = device
         self._write = _Write()
-        super().__init__(layer_class_to_replicate=partial(RaggedLayer, self._write))
+        super().__init__(layer_class_to_replicate=partial(RaggedLayer, self._write))  # type: ignore[arg-type]
 
     def plan(self, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Open a call of `width` inputs per row, each row at its own length.

@@ -24,7 +24,7 @@ class Guards:
     max_tokens: int
     max_repeats: int | None
 
-    def cut(self, tokens: Sequence[int]) -> tuple[int, Truncation] | None:
+    def cut(self, tokens: list[int]) -> tuple[int, Truncation] | None:
         """Judge a row whose last token has just been emitted.
 
         Returns:

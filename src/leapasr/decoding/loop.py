@@ -176,6 +176,7 @@ class DecodingLoop:
             cache = self.decoder.new_cache(prompts)
             self._advance(rows, cache, prompts)
         else:
+            assert self._cache is not None, "step() without rows: add some first"
             rows, cache = self._rows, self._cache
             self._rows, self._cache = [], None
             self._advance(rows, cache, None)

@@ -81,6 +81,7 @@ def build_strategy(options: DecodingOptions, num_heads: int) -> Strategy:
         case "autoregressive":
             return Autoregressive()
         case "threshold":
+            assert options.threshold is not None
             return Threshold(num_guesses, options.threshold)
         case "verify":
             return Verification(num_guesses)

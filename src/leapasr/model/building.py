@@ -1,63 +1,118 @@
-"""From a `ModelPreset` to a model and its processor."""
+"""A new model and its processor out of a preset: pretrained parts, or random weights."""
 
 from __future__ import annotations
 
-from pathlib import Path
+import copy
 
 import torch
-from transformers import ParakeetFeatureExtractor, PreTrainedConfig, PreTrainedTokenizerBase, WhisperFeatureExtractor
+from torch import Tensor, nn
+from transformers import (
+    ParakeetFeatureExtractor,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    WhisperFeatureExtractor,
+)
 
 from leapasr.config import ModelPreset
-from leapasr.model.checkpoints import load_decoder, load_encoder
+from leapasr.model.checkpoints import CheckpointError, load_decoder, load_encoder, load_encoder_config
 from leapasr.model.configuration import SpeechLlamaConfig
+from leapasr.model.low_rank import add_low_rank
 from leapasr.model.processing import SpeechLlamaProcessor
 from leapasr.model.speech_llama import SpeechLlamaForConditionalGeneration
 
 
-def build_processor(encoder_config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> SpeechLlamaProcessor:
-    """The processor for an encoder: its log-mel features, and `tokenizer`."""
-    if encoder_config.model_type == "whisper":
-        extractor = WhisperFeatureExtractor(feature_size=encoder_config.num_mel_bins)
-    else:
-        extractor = ParakeetFeatureExtractor(feature_size=encoder_config.num_mel_bins)
-    return SpeechLlamaProcessor(extractor, tokenizer)
+def padding_token(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The token for padding and the CTC blank, which must stand in no text.
+
+    The tokenizer's padding token; where it has none, its unknown token (texts that contain it are refused), and
+    where it has neither, its end-of-text.
+
+    Raises:
+        ValueError: the tokenizer has none of these.
+    """
+    for token in (tokenizer.pad_token, tokenizer.unk_token, tokenizer.eos_token):
+        if token is not None:
+            return token
+    raise ValueError(
+        "the tokenizer has no padding, unknown or end-of-text token that could be the CTC blank: "
+        "set tokenizer.pad_token to a special token that texts never contain"
+    )
 
 
 def build_model(
     preset: ModelPreset, tokenizer: PreTrainedTokenizerBase, *, seed: int
 ) -> SpeechLlamaForConditionalGeneration:
-    """A model of `preset`: pretrained parts where it names them, random weights from `seed` elsewhere.
+    """The model that training starts from, float32; what is not pretrained is random, from `seed`.
 
     Raises:
-        ValueError: the tokenizer's vocabulary is not the decoder's, or the decoder has no padding token.
-        CheckpointError: a pretrained part cannot be read.
+        ValueError: the decoder's vocabulary or special tokens are not the tokenizer's, or there are adapters
+            (`lora_rank`) for a decoder that is not pretrained.
+        CheckpointError: a pretrained part cannot be used.
     """
+    encoder_config, encoder_state = _encoder(preset)
+    decoder = load_decoder(preset.decoder) if isinstance(preset.decoder, str) else None
+    if preset.lora_rank and decoder is None:
+        raise ValueError(
+            f"lora_rank {preset.lora_rank} adapts a pretrained decoder, and this one has random weights: "
+            "set lora_rank to 0, or name a pretrained decoder"
+        )
+    decoder_config = copy.deepcopy(preset.decoder if decoder is None else decoder.config)
+    _set_special_tokens(decoder_config, tokenizer)
     torch.manual_seed(seed)
-    encoder_weights = decoder_weights = None
-    if isinstance(preset.encoder, str):
-        encoder_config, encoder_weights = load_encoder(
-            Path(preset.encoder) if Path(preset.encoder).exists() else preset.encoder
-        )
-    else:
-        encoder_config = preset.encoder
-    if isinstance(preset.decoder, str):
-        pretrained = load_decoder(preset.decoder)
-        decoder_config, decoder_weights = pretrained.config, pretrained.state_dict()
-    else:
-        decoder_config = preset.decoder
-    if len(tokenizer) > decoder_config.vocab_size:
-        raise ValueError(
-            f"the tokenizer has {len(tokenizer)} tokens, the decoder's vocabulary only {decoder_config.vocab_size}"
-        )
-    if decoder_config.pad_token_id is None:
-        raise ValueError(
-            "the decoder has no pad_token_id, which serves as the CTC blank: set one that no text contains"
-        )
     model = SpeechLlamaForConditionalGeneration(SpeechLlamaConfig(encoder_config, decoder_config, **preset.fields))
-    if encoder_weights is not None:
-        model.encoder.encoder.load_state_dict(encoder_weights)
-    if decoder_weights is not None:
-        model.decoder.load_state_dict(decoder_weights)
+    if encoder_state is not None:
+        _load(model.encoder.encoder, encoder_state, preset.encoder)
+    if decoder is not None:
+        _load(model.decoder, decoder.state_dict(), preset.decoder)
         if model.mtp_heads is not None:
             model.mtp_heads.reset_from(model.decoder.lm_head)
+    if preset.lora_rank:
+        add_low_rank(model.decoder, rank=preset.lora_rank)
     return model
+
+
+def build_processor(preset: ModelPreset, tokenizer: PreTrainedTokenizerBase) -> SpeechLlamaProcessor:
+    """Features as the preset's encoder wants them, and a copy of `tokenizer` that has a padding token.
+
+    Raises:
+        ValueError: no token can be the padding. CheckpointError: there is no such encoder.
+    """
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.pad_token = padding_token(tokenizer)
+    config = load_encoder_config(preset.encoder) if isinstance(preset.encoder, str) else preset.encoder
+    extractor = WhisperFeatureExtractor if config.model_type == "whisper" else ParakeetFeatureExtractor
+    return SpeechLlamaProcessor(extractor(feature_size=config.num_mel_bins), tokenizer)
+
+
+def _encoder(preset: ModelPreset) -> tuple[PreTrainedConfig, dict[str, Tensor] | None]:
+    return load_encoder(preset.encoder) if isinstance(preset.encoder, str) else (preset.encoder, None)
+
+
+def _set_special_tokens(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Give a decoder's configuration the special tokens of `tokenizer`; begin-of-text may be the decoder's own."""
+    if config.vocab_size != len(tokenizer):
+        raise ValueError(
+            f"the decoder's vocabulary has {config.vocab_size} tokens, the tokenizer's {len(tokenizer)}: use the "
+            "tokenizer that the decoder was trained with, or resize the decoder (resize_token_embeddings) and save it"
+        )
+    config.pad_token_id = tokenizer.convert_tokens_to_ids(padding_token(tokenizer))
+    end = tokenizer.eos_token_id
+    config.eos_token_id = end if end is not None else _first(config.eos_token_id)
+    begin = tokenizer.bos_token_id
+    config.bos_token_id = begin if begin is not None else _first(config.bos_token_id, config.eos_token_id)
+    if config.eos_token_id is None:
+        raise ValueError("neither the tokenizer nor the decoder says which token ends a text: set tokenizer.eos_token")
+
+
+def _first(*values: int | list[int] | None) -> int | None:
+    """The first token id; some configurations list several."""
+    ids = [value[0] if isinstance(value, list) else value for value in values if value is not None]
+    return ids[0] if ids else None
+
+
+def _load(module: nn.Module | PreTrainedModel, state: dict[str, Tensor], source: str) -> None:
+    try:
+        module.load_state_dict(state)
+    except RuntimeError as error:
+        raise CheckpointError(f"the weights of {source} do not fit its configuration: {error}") from error

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import re
 import struct
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +13,11 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, WhisperConfig
 
+from leapasr.model.encoders import ENCODERS
+
 CTRANSLATE2_FILE = "model.bin"
 _CTRANSLATE2_DTYPES = {0: np.float32, 4: np.float16}
-_CTRANSLATE2_QUANTISED = {1: "int8", 2: "int16", 3: "int32"}
+_CTRANSLATE2_OTHER_DTYPES = {1: "int8", 2: "int16", 3: "int32", 5: "bfloat16"}
 
 
 class CheckpointError(ValueError):
@@ -49,9 +54,9 @@ def read_ctranslate2(folder: Path) -> dict[str, np.ndarray]:
     path = Path(folder) / CTRANSLATE2_FILE
     reader = _Reader(path)
     version = reader.number("I")
-    if not 2 <= version <= 6:
+    if not 4 <= version <= 6:
         raise CheckpointError(
-            f"{path} is not a CTranslate2 model of a known version (2 to 6): it begins with {version}"
+            f"{path} is not a CTranslate2 model of a known version (4 to 6): it begins with {version}"
         )
     spec, _revision = reader.string(), reader.number("I")
     if spec != "WhisperSpec":
@@ -62,13 +67,16 @@ def read_ctranslate2(folder: Path) -> dict[str, np.ndarray]:
         shape = [reader.number("I") for _ in range(reader.number("B"))]
         type_code, size = reader.number("B"), reader.number("I")
         data = reader.take(size)
-        if name.endswith("weight") and type_code in _CTRANSLATE2_QUANTISED:
-            raise CheckpointError(
-                f"{path}: {name} is quantised ({_CTRANSLATE2_QUANTISED[type_code]}); "
-                "convert the model again with --quantization float16"
-            )
         if type_code in _CTRANSLATE2_DTYPES:
-            variables[name] = np.frombuffer(data, _CTRANSLATE2_DTYPES[type_code]).reshape(shape)
+            dtype = np.dtype(_CTRANSLATE2_DTYPES[type_code])
+            if size != math.prod(shape) * dtype.itemsize:
+                raise CheckpointError(f"{path} is damaged: {name} of shape {shape} has {size} bytes")
+            variables[name] = np.frombuffer(data, dtype).reshape(shape)
+        elif name.endswith("weight"):
+            stored = _CTRANSLATE2_OTHER_DTYPES.get(type_code, f"type {type_code}")
+            raise CheckpointError(
+                f"{path}: {name} is quantised ({stored}), not float; convert the model again with --quantization float16"
+            )
     for _ in range(reader.number("I")):
         alias, name = reader.string(), reader.string()
         if name in variables:
@@ -97,6 +105,10 @@ def _whisper_names(num_encoder_layers: int, num_decoder_layers: int) -> dict[str
     return names
 
 
+def _num_layers(variables: Iterable[str], side: str) -> int:
+    return len({name.split("/")[1] for name in variables if re.match(rf"{side}/layer_\d+/", name)})
+
+
 def load_ctranslate2_whisper(folder: str | Path) -> tuple[WhisperConfig, dict[str, Tensor]]:
     """Whisper from a CTranslate2 folder: its configuration, and weights for transformers' `WhisperModel`, float32.
 
@@ -106,24 +118,21 @@ def load_ctranslate2_whisper(folder: str | Path) -> tuple[WhisperConfig, dict[st
     folder = Path(folder)
     variables = read_ctranslate2(folder)
 
-    def count(side: str) -> int:
-        return len({name.split("/")[1] for name in variables if name.startswith(f"{side}/layer_") and "/" in name[14:]})
-
     def tensor(name: str) -> Tensor:
         if name not in variables:
             raise CheckpointError(f"{folder / CTRANSLATE2_FILE} lacks {name}: not a whole Whisper model")
         return torch.from_numpy(variables[name].astype(np.float32))
 
-    layers = {side: len({n.split("/")[1] for n in variables if n.startswith(f"{side}/layer_") and n.split("/")[1] != "layer_norm"}) for side in ("encoder", "decoder")}  # fmt: skip
     embeddings, positions = tensor("decoder/embeddings/weight"), tensor("encoder/position_encodings/encodings")
+    num_encoder_layers, num_decoder_layers = (_num_layers(variables, side) for side in ("encoder", "decoder"))
     width = embeddings.shape[1]
-    num_heads = width // 64
+    num_heads = width // 64  # of every Whisper
     config = WhisperConfig(
         vocab_size=embeddings.shape[0],
         num_mel_bins=tensor("encoder/conv1/weight").shape[1],
         d_model=width,
-        encoder_layers=layers["encoder"],
-        decoder_layers=layers["decoder"],
+        encoder_layers=num_encoder_layers,
+        decoder_layers=num_decoder_layers,
         encoder_attention_heads=num_heads,
         decoder_attention_heads=num_heads,
         encoder_ffn_dim=tensor("encoder/layer_0/ffn/linear_0/weight").shape[0],
@@ -136,9 +145,9 @@ def load_ctranslate2_whisper(folder: str | Path) -> tuple[WhisperConfig, dict[st
         "decoder.embed_positions.weight": tensor("decoder/position_encodings/encodings"),
         "decoder.embed_tokens.weight": embeddings,
     }
-    for theirs, ours in _whisper_names(layers["encoder"], layers["decoder"]).items():
-        fields = {"gamma": "weight", "beta": "bias"} if theirs.endswith("layer_norm") else {"weight": "weight", "bias": "bias"}  # fmt: skip
-        for their_field, our_field in fields.items():
+    for theirs, ours in _whisper_names(num_encoder_layers, num_decoder_layers).items():
+        fields = ("gamma", "beta") if theirs.endswith("layer_norm") else ("weight", "bias")
+        for their_field, our_field in zip(fields, ("weight", "bias"), strict=True):
             parts = tensor(f"{theirs}/{their_field}").chunk(len(ours))
             for module, part in zip(ours, parts, strict=True):
                 if not (module.endswith("k_proj") and our_field == "bias"):  # Whisper's keys have no bias
@@ -146,30 +155,38 @@ def load_ctranslate2_whisper(folder: str | Path) -> tuple[WhisperConfig, dict[st
     return config, state
 
 
-def load_encoder(name_or_path: str | Path) -> tuple[PreTrainedConfig, dict[str, Tensor]]:
-    """A pretrained speech encoder by hub name, transformers folder, or CTranslate2 Whisper folder.
-
-    Returns its configuration and its weights, named as in the transformers encoder class.
+def load_encoder_config(name_or_path: str | Path) -> PreTrainedConfig:
+    """The configuration of what `load_encoder` loads.
 
     Raises:
         CheckpointError: there is no encoder of a supported type.
     """
-    path = Path(name_or_path)
-    if (path / CTRANSLATE2_FILE).is_file():
-        config, state = load_ctranslate2_whisper(path)
-        return config, {k.removeprefix("encoder."): v for k, v in state.items() if k.startswith("encoder.")}
+    if (Path(name_or_path) / CTRANSLATE2_FILE).is_file():
+        return load_ctranslate2_whisper(name_or_path)[0]
     config = AutoConfig.from_pretrained(name_or_path)
-    if config.model_type == "whisper":
-        encoder = AutoModel.from_pretrained(name_or_path).encoder
-    elif config.model_type in ("parakeet_encoder", "parakeet_ctc"):
-        encoder = AutoModel.from_pretrained(name_or_path)
-        encoder = getattr(encoder, "encoder", encoder)
-        config = encoder.config
-    else:
+    if config.model_type == "parakeet_ctc":
+        return config.encoder_config
+    if config.model_type not in ENCODERS:
         raise CheckpointError(
-            f"{name_or_path} is a {config.model_type!r}; supported encoders: whisper, parakeet_encoder"
+            f"{name_or_path} is a {config.model_type!r}; supported encoders: {', '.join(ENCODERS)}"
         )
-    return config, encoder.state_dict()
+    return config
+
+
+def load_encoder(name_or_path: str | Path) -> tuple[PreTrainedConfig, dict[str, Tensor]]:
+    """A pretrained speech encoder by hub name, transformers folder, or CTranslate2 Whisper folder.
+
+    Returns its configuration and its weights, named as in the transformers encoder class, float32.
+
+    Raises:
+        CheckpointError: there is no encoder of a supported type.
+    """
+    if (Path(name_or_path) / CTRANSLATE2_FILE).is_file():
+        config, state = load_ctranslate2_whisper(name_or_path)
+        return config, {k.removeprefix("encoder."): v for k, v in state.items() if k.startswith("encoder.")}
+    config = load_encoder_config(name_or_path)
+    model = AutoModel.from_pretrained(name_or_path, dtype=torch.float32)
+    return config, getattr(model, "encoder", model).state_dict()
 
 
 def load_decoder(name_or_path: str | Path) -> PreTrainedModel:

@@ -83,8 +83,8 @@ class WhisperSpeechEncoder(nn.Module):
             )
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.num_frozen_layers == 0):
             valid_BT = padding_mask(lengths_B, features_BTF.shape[1])
-            x = nn.functional.gelu(encoder.conv1(features_BTF.transpose(1, 2)))
-            x = x * valid_BT[:, None]
+            x = (features_BTF * valid_BT[..., None]).transpose(1, 2)
+            x = nn.functional.gelu(encoder.conv1(x)) * valid_BT[:, None]
             x = nn.functional.gelu(encoder.conv2(x)).transpose(1, 2)
             lengths_B = (lengths_B + 1) // 2
             x = x + encoder.embed_positions.weight[: x.shape[1]]

@@ -119,7 +119,8 @@ class SequentialHeads(MTPHeads):
     def training_logits(self, hidden_BLD, next_embeddings_BLD, lm_head):
         logits, state = [], hidden_BLD
         for k in range(2, self.num_heads + 1):
-            shift = k - 2  # y[u+k−1] stands `shift` positions after y[u+1]
+            # y[u+k−1] stands `shift` positions after y[u+1]; a short text may have none that far ahead
+            shift = min(k - 2, next_embeddings_BLD.shape[1])
             tokens = nn.functional.pad(next_embeddings_BLD[:, shift:], (0, 0, 0, shift))
             state = self.advance(state, tokens)
             logits.append(lm_head(state))

@@ -9,16 +9,24 @@ the tokens), D decoder width, V vocabulary, F mel bins.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.utils import cached_file
 
+from leapasr.model import storage
 from leapasr.model.adapter import Adapter, SpeechProjection
+from leapasr.model.checkpoints import CheckpointError
 from leapasr.model.configuration import SpeechLlamaConfig
 from leapasr.model.encoders import build_encoder
 from leapasr.model.mtp_heads import build_heads
+
+_HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
 @dataclass
@@ -86,6 +94,49 @@ class SpeechLlamaForConditionalGeneration(PreTrainedModel):
         self.post_init()
         if self.mtp_heads is not None:
             self.mtp_heads.reset_from(self.decoder.lm_head)
+
+    def save_pretrained(
+        self, folder: str | os.PathLike, *, weights: Literal["float", "int8"] = "float", **_: Any
+    ) -> None:
+        """Write the model into `folder`, all or nothing: what is there survives a failure.
+
+        Args:
+            weights: ``float`` stores the weights as they are; ``int8`` stores matrices in 8 bits with a scale per
+                output channel, and they are widened when loaded. Low-rank adapters are merged.
+
+        Raises:
+            ValueError: `weights` is neither. OSError: `folder` cannot be written.
+        """
+        storage.save(self, Path(folder), weights=weights)
+
+    @classmethod
+    def from_pretrained(
+        cls, name_or_path: str | os.PathLike, *args: Any, config: PreTrainedConfig | None = None, **kwargs: Any
+    ) -> SpeechLlamaForConditionalGeneration:
+        """Load a model that `save_pretrained` wrote, in evaluation mode.
+
+        Args:
+            name_or_path: a folder or a hub name.
+            config: instead of the one that is stored.
+            kwargs: as of transformers' `from_pretrained`, ``dtype`` for one.
+
+        Raises:
+            CheckpointError: the model is of another type or architecture, or damaged, or weights are missing.
+            OSError: there is no such model.
+        """
+        hub = {option: kwargs.pop(option) for option in _HUB_OPTIONS if option in kwargs}
+        if config is None:
+            fields, _ = cls.config_class.get_config_dict(name_or_path, **hub)
+            if fields.get("model_type") != cls.config_class.model_type:
+                raise CheckpointError(
+                    f"{name_or_path} is a model of type {fields.get('model_type')!r}, not {cls.config_class.model_type!r}"
+                )
+            config = cls.config_class.from_dict(fields)
+        path = cached_file(name_or_path, storage.WEIGHTS_FILE, **hub)
+        with torch.device("meta"):
+            architecture = cls(config)
+        state = storage.read(Path(path), architecture)
+        return super().from_pretrained(None, *args, config=config, state_dict=state, **kwargs)
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.decoder.get_input_embeddings()

@@ -7,11 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from lhotse.cut import Cut
+from lhotse.utils import fastcopy
 from transformers import AutoTokenizer
 
 from leapasr.config import PRESETS, ModelPreset, Stage, TrainingConfig
 from leapasr.data.batches import Source
-from leapasr.data.manifests import read_manifest
+from leapasr.data.manifests import read_manifest, spread
 from leapasr.data.synthesis import passages, read_paragraphs
 from leapasr.model.building import build_model, build_processor
 from leapasr.model.processing import SpeechLlamaProcessor
@@ -26,8 +27,6 @@ MIN_SECONDS, MAX_SECONDS = 0.3, 24.0
 
 def with_tidied_text(cut: Cut) -> Cut:
     """The cut with its transcript in the style that models write."""
-    from lhotse.utils import fastcopy
-
     supervision = cut.supervisions[0]
     return fastcopy(cut, supervisions=[fastcopy(supervision, text=tidy(supervision.text))])
 
@@ -98,8 +97,8 @@ def prepare(
             tokenizer.save_pretrained(saved)
         else:
             raise ValueError("a tokenizer must be trained first, and there is no text: give --text FILE")
-        processor = build_processor(preset, tokenizer)
         model = build_model(preset, tokenizer, seed=seed)
+        processor = build_processor(model.config.encoder_config, tokenizer)
     else:
         raise ValueError("nothing to train: give a preset or a model to start from")
     needs_audio = any(stage.task != "text" for stage in stages)
@@ -117,12 +116,8 @@ def prepare(
         model=preset, stages=stages, manifests=manifests, dev=tuple(dev), text=tuple(text), output=output,
         seed=seed, **options,
     )  # fmt: skip
-    dev_cuts = [cut for path in dev for cut in spread_evenly(read(path, "dev"), config.eval_utterances)]
+    dev_cuts = [cut for path in dev for cut in spread(read(path, "dev"), config.eval_utterances)]
     return Trainer(config, model, processor, sources=sources, texts=texts, dev=dev_cuts)
-
-
-def spread_evenly(cuts: list[Cut], limit: int) -> list[Cut]:
-    return [cuts[i * len(cuts) // limit] for i in range(limit)] if len(cuts) > limit else cuts
 
 
 def choose_stages(stages: tuple[Stage, ...], names: str | None, updates: int | None) -> tuple[Stage, ...]:

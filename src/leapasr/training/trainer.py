@@ -27,6 +27,7 @@ from leapasr.config import Stage, TrainingConfig
 from leapasr.data.augmentation import NO_AUGMENTATION
 from leapasr.data.batches import Batch, Source, SpeechBatches, plan_epoch
 from leapasr.data.misreadings import MisreadBatches, TextBatch
+from leapasr.decoding.ctc import greedy_ctc
 from leapasr.model.processing import SpeechLlamaProcessor
 from leapasr.model.speech_llama import SpeechLlamaForConditionalGeneration
 from leapasr.training.losses import ctc_loss, mtp_loss
@@ -331,15 +332,11 @@ class Trainer:
 
     def _ctc_transcripts(self, batch: Batch) -> list[tuple[str, str]]:
         encoding = self.model.encode(batch.input_features.to(self.model.dtype), batch.feature_lengths)
-        best = encoding.ctc_logits_BTV.argmax(-1).tolist()
-        pairs = []
-        for row, length, text, text_length in zip(
-            best, encoding.ctc_lengths_B.tolist(), batch.text_ids.tolist(), batch.text_lengths.tolist(), strict=True
-        ):
-            blank = self.model.config.blank_token_id
-            ids = [t for t, before in zip(row[:length], [blank, *row], strict=False) if t != before and t != blank]
-            pairs.append((self.processor.decode_text(text[:text_length]), self.processor.decode_text(ids)))
-        return pairs
+        read = greedy_ctc(encoding.ctc_logits_BTV, encoding.ctc_lengths_B, blank=self.model.config.blank_token_id)
+        return [
+            (self.processor.decode_text(text[:text_length]), self.processor.decode_text(ids))
+            for ids, text, text_length in zip(read, batch.text_ids.tolist(), batch.text_lengths.tolist(), strict=True)
+        ]
 
 
 def _plain_wer(pairs: list[tuple[str, str]]) -> float:
