@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+import resource
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig, WhisperConfig, WhisperFeatureExtractor
 
+from leapasr.audio import SAMPLE_RATE
 from leapasr.model.configuration import SpeechLlamaConfig
 from leapasr.model.processing import SpeechLlamaProcessor
 from leapasr.model.speech_llama import SpeechLlamaForConditionalGeneration
@@ -24,7 +29,13 @@ def one_thread() -> None:
 
 
 def tiny_config(
-    *, head_type: str = "latent", num_heads: int = 4, num_key_value_heads: int = 2, max_position_embeddings: int = 256
+    *,
+    head_type: str = "latent",
+    num_heads: int = 4,
+    num_key_value_heads: int = 2,
+    max_position_embeddings: int = 256,
+    vocab_size: int = VOCAB_SIZE,
+    ctc_lookahead: int = 3,
 ) -> SpeechLlamaConfig:
     """A configuration of some ten thousand parameters: 16 wide encoder, two LLaMA layers of 32, four heads."""
     encoder = WhisperConfig(
@@ -36,7 +47,7 @@ def tiny_config(
         max_source_positions=64,
     )
     decoder = LlamaConfig(
-        vocab_size=VOCAB_SIZE,
+        vocab_size=vocab_size,
         hidden_size=32,
         intermediate_size=64,
         num_hidden_layers=2,
@@ -55,6 +66,7 @@ def tiny_config(
         adapter_attention_heads=2,
         adapter_ffn_size=32,
         num_heads=num_heads,
+        ctc_lookahead=ctc_lookahead,
         head_type=head_type,
     )
 
@@ -88,9 +100,45 @@ def build_tiny_model() -> Callable[..., SpeechLlamaForConditionalGeneration]:
 
 @pytest.fixture(scope="session")
 def tiny_model_folder(build_tiny_model, tmp_path_factory) -> Path:
-    """The tiny random model, float32, saved with a processor: four heads, 1.28 s of audio at once. Do not change it."""
+    """The tiny random model, float32, saved with a processor: four heads, 1.28 s of audio at once. Do not change it.
+
+    Heads 2..4 say what head 1 says, and end-of-text is rarer than elsewhere: some drafts are right, most are not.
+    """
     folder = tmp_path_factory.mktemp("tiny-model")
+    model = copy.deepcopy(build_tiny_model(dtype=torch.float32))
+    model.get_output_embeddings().weight[EOS] /= 1.25
+    model.mtp_heads.reset_from(model.get_output_embeddings())
+    model.save_pretrained(folder)
     tokenizer = train_tokenizer(["the cat sat on the mat"], vocab_size=80)
-    build_tiny_model(dtype=torch.float32).save_pretrained(folder)
     SpeechLlamaProcessor(WhisperFeatureExtractor(feature_size=8), tokenizer).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def full_disk() -> Callable[[int], AbstractContextManager[None]]:
+    """`with full_disk(num_bytes):` every file that grows beyond `num_bytes` fails to be written, by the system."""
+
+    @contextmanager
+    def limited(num_bytes: int) -> Iterator[None]:
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, limits[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    return limited
+
+
+@pytest.fixture(scope="session")
+def babble() -> Callable[..., np.ndarray]:
+    """Makes sound of which the tiny model writes varied text: `babble(seconds, seed)`, 16 kHz float32 samples."""
+
+    def make(seconds: float, seed: int = 0) -> np.ndarray:
+        rng = np.random.default_rng(seed)
+        times = np.arange(int(seconds * SAMPLE_RATE)) / SAMPLE_RATE
+        frequencies = 100 * 2 ** rng.uniform(0, 6, size=len(times) // 800 + 1)  # a tone each 50 ms
+        tones = np.sin(2 * np.pi * frequencies.repeat(800)[: len(times)] * times)
+        return (0.3 * tones + rng.normal(0, 0.001, len(times))).astype(np.float32)
+
+    return make

@@ -1,113 +1,331 @@
-"""The command line: parses arguments and calls the package; no logic of its own."""
+"""The command line: parses arguments and hands them on. A function a command, no logic.
+
+Exit codes: 0 all went well; 1 some of it could not be done, and the rest was; 2 an argument or its value is wrong.
+Whatever is wrong has a line on standard error.
+"""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__.splitlines()[0])
+if TYPE_CHECKING:
+    from leapasr.decoding.options import DecodingOptions, StrategyName
+
+app = typer.Typer(
+    help="Speech recognition with a language model inside that predicts several tokens per decoder call.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Model = Annotated[str | None, typer.Option(help="Model folder or hub name; without it, the model in the package.")]
+Strategy = Annotated[
+    Literal["autoregressive", "threshold", "verify"],
+    typer.Option(help="One token per call; heads trusted above a threshold; or heads checked by the next call."),
+]
+Threshold = Annotated[
+    float | None, typer.Option(help="For --strategy threshold: least probability of a trusted token, 0 to 1.")
+]
+Heads = Annotated[int | None, typer.Option(help="Heads to use, head 1 included; all without it.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Stretches of audio computed together.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; a GPU, if there is one, without it.")]
+Dtype = Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="Floating-point type to compute in.")]
+
+
+def complain(message: str) -> None:
+    """A line on standard error."""
+    typer.echo(f"leapasr: {' '.join(message.split())}", err=True)
 
 
 @contextmanager
-def user_errors() -> Iterator[None]:
-    """A mistake of the user's becomes one line and exit code 2, not a traceback."""
-    try:
-        yield
-    except (ValueError, FileNotFoundError, RuntimeError) as error:
-        typer.echo(f"leapasr: {error}", err=True)
-        raise typer.Exit(2) from error
+def reported() -> Iterator[None]:
+    """What users can cause becomes a line on standard error and an exit code, and warnings become lines, too."""
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_: complain(f"warning: {message}")
+        try:
+            yield
+        except (ValueError, OSError, RuntimeError, ImportError) as error:
+            complain(str(error) or type(error).__name__)
+            raise typer.Exit(2 if isinstance(error, ValueError) else 1) from error
+
+
+@contextmanager
+def progress_bar(description: str, *, total: float | None, unit: str, hidden: bool = False) -> Iterator[Callable]:
+    """A bar on standard error, if that is a terminal; gives a function that advances it."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    amount = f"{{task.completed:,.0f}}{'' if total is None else ' of {task.total:,.0f}'} {unit}"
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn(amount), TimeElapsedColumn())
+    disable = hidden or not console.is_terminal
+    options: dict[str, Any] = {"console": console, "disable": disable, "transient": True, "redirect_stdout": False}
+    with Progress(*columns, **options) as progress:
+        bar = progress.add_task(description, total=total)
+        yield lambda amount: progress.advance(bar, amount)
+
+
+def quiet_libraries() -> None:
+    """Only our own messages: one line each."""
+    import logging
+
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+
+
+def decoding_options(strategy: StrategyName, threshold: float | None, heads: int | None) -> DecodingOptions:
+    from leapasr.decoding.options import DecodingOptions
+
+    return DecodingOptions(strategy=strategy, threshold=threshold, num_heads=heads)
+
+
+@app.callback(invoke_without_command=True)
+def main(version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False) -> None:
+    if version:
+        import leapasr
+
+        typer.echo(leapasr.__version__)
+        raise typer.Exit
 
 
 @app.command()
 def transcribe(
-    files: Annotated[list[Path], typer.Argument(help="Recordings, in any container.")],
-    model: Annotated[str | None, typer.Option(help="Hub name or folder; default: the model in the package.")] = None,
-    strategy: Annotated[str, typer.Option(help="autoregressive, threshold or verify.")] = "verify",
-    threshold: Annotated[float | None, typer.Option(help="For strategy threshold: trust a head from here on.")] = None,
-    heads: Annotated[int | None, typer.Option(help="Heads to use; default: all.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1)] = 8,
-    device: Annotated[str | None, typer.Option()] = None,
+    files: Annotated[list[Path], typer.Argument(help="Audio or video files, and folders of them.")],
+    model: Model = None,
+    strategy: Strategy = "verify",
+    threshold: Threshold = None,
+    heads: Heads = None,
+    format: Annotated[Literal["txt", "json", "srt", "vtt"], typer.Option(help="What to write.")] = "txt",
+    output_dir: Annotated[
+        Path | None, typer.Option(help="Folder for a transcript a file; without it, they are printed.")
+    ] = None,
+    batch_size: BatchSize = 8,
+    device: Device = None,
+    dtype: Dtype = "float32",
 ) -> None:
-    """Write what is said in each recording, with the decoder calls that it took."""
-    with user_errors():
-        from leapasr.decoding import DecodingOptions
-        from leapasr.transcriber import Transcription, load
+    """Transcribe audio files."""
+    with reported():
+        options = decoding_options(strategy, threshold, heads)
+        from leapasr.transcriber import load
+        from leapasr.transcribing import audio_files, check_output, transcribe_files
 
-        options = DecodingOptions(strategy=strategy, threshold=threshold, num_heads=heads)  # type: ignore[arg-type]
-        transcriber = load(model, device=device)
-        failed = False
-        for index, result in transcriber.transcribe_each(list(map(str, files)), options, batch_size=batch_size):
-            if isinstance(result, Transcription):
-                calls = f"{result.decoder_calls} decoder calls for {result.num_tokens} tokens"
-                typer.echo(f"{files[index]}: {result.text}")
-                typer.echo(f"  {calls}", err=True)
-            else:
+        found = audio_files(files)
+        check_output(found, format=format, output_folder=output_dir)
+        quiet_libraries()
+        transcriber = load(model, device=device, dtype=dtype)
+        options.check(transcriber.decoder.num_heads)
+    to_terminal = output_dir is None and sys.stdout.isatty()
+    with reported(), progress_bar("transcribing", total=None, unit="s of audio", hidden=to_terminal) as advance:
+        summary = transcribe_files(
+            transcriber,
+            found,
+            options,
+            format=format,
+            output_folder=output_dir,
+            batch_size=batch_size,
+            write=lambda text: typer.echo(text, nl=False),
+            complain=complain,
+            progress=advance,
+        )
+    typer.echo(str(summary), err=True)
+    raise typer.Exit(1 if summary.num_bad else 0)
+
+
+@app.command()
+def evaluate(
+    manifests: Annotated[list[Path], typer.Argument(help="Manifests: leapasr, NeMo, lhotse or Kaldi.")],
+    model: Model = None,
+    strategy: Strategy = "verify",
+    threshold: Threshold = None,
+    heads: Heads = None,
+    use: Annotated[Literal["train", "dev", "test"] | None, typer.Option(help="Only utterances of this use.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="So many utterances, spread over each manifest.")] = None,
+    batch_size: BatchSize = 8,
+    device: Device = None,
+    dtype: Dtype = "float32",
+    json: Annotated[Path | None, typer.Option(help="Write the figures to this file.")] = None,
+    hypotheses: Annotated[Path | None, typer.Option(help="Write a JSON line an utterance to this file.")] = None,
+) -> None:
+    """Score a model on manifests, and set a strategy against autoregressive decoding."""
+    from rich.console import Console
+
+    with reported():
+        options = decoding_options(strategy, threshold, heads)
+        from leapasr.data.manifests import read_manifest
+        from leapasr.evaluation.evaluate import evaluate as evaluate_cuts
+        from leapasr.evaluation.evaluate import write_hypotheses, write_reports
+        from leapasr.evaluation.table import report_table
+        from leapasr.transcriber import load
+
+        quiet_libraries()
+        transcriber = load(model, device=device, dtype=dtype)
+        options.check(transcriber.decoder.num_heads)
+    reports, failed = [], False
+    with reported():
+        for path in manifests:
+            try:
+                manifest = read_manifest(path, use=use, limit=limit)
+                seconds = sum(cut.duration for cut in manifest.cuts)
+                with progress_bar(str(path), total=seconds, unit="s of audio") as advance:
+                    reports += evaluate_cuts(
+                        transcriber,
+                        manifest.cuts,
+                        [options],
+                        batch_size=batch_size,
+                        test_set=str(path),
+                        problems=manifest.problems,
+                        progress=advance,
+                    )
+            except (ValueError, OSError) as error:
+                complain(str(error))
                 failed = True
-                typer.echo(f"leapasr: {result}", err=True)
-    if failed:
-        sys.exit(1)
+        for report in reports:
+            for problem in report.problems:
+                complain(f"{report.test_set}: {problem}")
+                failed = True
+        if reports:
+            Console().print(report_table(reports))
+            if json:
+                write_reports(reports, json)
+            if hypotheses:
+                write_hypotheses(reports, hypotheses)
+    raise typer.Exit(1 if failed else 0)
 
 
 @app.command()
 def train(
     output: Annotated[Path, typer.Option(help="Folder of checkpoints, logs and the trained model.")],
-    preset: Annotated[str, typer.Option(help="tiny (what ships) or base (the paper's scale).")] = "tiny",
+    preset: Annotated[
+        str, typer.Option(help="tiny (what ships), base (the paper's scale), or heads (on the frozen --init model).")
+    ] = "tiny",
     manifest: Annotated[
-        list[str] | None, typer.Option(help="Training manifest, with :WEIGHT for how often an epoch holds it.")
+        list[str] | None, typer.Option(help="Training manifest; with =WEIGHT, how often an epoch holds it.")
     ] = None,
-    dev: Annotated[list[Path] | None, typer.Option(help="Dev manifest (its lines with use = dev).")] = None,
-    text: Annotated[list[Path] | None, typer.Option(help="Prose for tokenizer and text stage, plain or .xz.")] = None,
+    dev: Annotated[list[Path] | None, typer.Option(help="Manifest to evaluate on: its lines with use = dev.")] = None,
+    text: Annotated[list[Path] | None, typer.Option(help="Prose, plain or .xz, a paragraph a line.")] = None,
     encoder: Annotated[str | None, typer.Option(help="Pretrained encoder: hub name or folder.")] = None,
-    init: Annotated[Path | None, typer.Option(help="Start from this leapasr model, not the preset's parts.")] = None,
-    stages: Annotated[str | None, typer.Option(help="Only these stages of the preset, comma-separated.")] = None,
-    updates: Annotated[int | None, typer.Option(help="Updates of every stage, instead of the preset's.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of weights, data order and augmentation.")] = 1,
+    init: Annotated[Path | None, typer.Option(help="Go on from this leapasr model instead of building one.")] = None,
+    heads: Annotated[int | None, typer.Option(min=1, help="Heads of the model, head 1 included.")] = None,
+    head_type: Annotated[
+        Literal["projection", "latent", "residual", "sequential"] | None, typer.Option(help="What heads 2 to K are.")
+    ] = None,
+    stages: Annotated[str | None, typer.Option(help="Only these stages of the preset, by commas.")] = None,
+    updates: Annotated[int | None, typer.Option(min=1, help="Updates of every stage, instead of the preset's.")] = None,
+    augmentation: Annotated[bool, typer.Option(help="Vary speed, noise, room, and mask features.")] = True,
+    encoder_cache: Annotated[
+        Path | None, typer.Option(help="Folder to keep a frozen encoder's output in; needs --no-augmentation.")
+    ] = None,
+    precision: Annotated[Literal["bf16", "fp32"], typer.Option(help="Of the forward and backward pass.")] = "bf16",
+    compile: Annotated[bool, typer.Option(help="Compile the layers: slow to start, then faster.")] = True,
+    seed: Annotated[int, typer.Option(help="Of new weights, the order of data, and augmentation.")] = 1,
 ) -> None:
-    """Train a model, stage by stage; the same command goes on where an interrupted run stopped."""
-    with user_errors():
-        from leapasr.training.run import train as run_training
+    """Train a model, stage by stage. The same command goes on where it was interrupted."""
+    from leapasr.training.run import train as run_training
 
+    quiet_libraries()
+    with reported():
         folder = run_training(
-            preset, output=output, manifests=manifest or [], dev=dev or [], text=text or [], encoder=encoder,
-            initial_model=init, stages=stages, updates=updates, seed=seed,
-        )  # fmt: skip
-    typer.echo(f"model: {folder}")
+            preset,
+            output=output,
+            manifests=manifest or [],
+            dev=dev or [],
+            text=text or [],
+            encoder=encoder,
+            initial_model=init,
+            num_heads=heads,
+            head_type=head_type,
+            stages=stages,
+            updates=updates,
+            augment=augmentation,
+            encoder_cache=encoder_cache,
+            precision=precision,
+            compile=compile,
+            seed=seed,
+            report=complain,
+        )
+    typer.echo(folder)
+
+
+@app.command()
+def info(model: Annotated[str | None, typer.Argument(help="Model folder or hub name.")] = None) -> None:
+    """Show what a model is made of."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from leapasr.model.information import describe
+    from leapasr.transcriber import load, locate
+
+    quiet_libraries()
+    with reported():
+        place = locate(model)
+        transcriber = load(place, device="cpu")
+        information = describe(transcriber.model, place, max_seconds=transcriber.max_seconds)
+    table = Table(place, "", show_lines=False)
+    for name, value in information.rows():
+        table.add_row(name, value)
+    Console().print(table)
 
 
 @app.command()
 def synthesize(
-    text: Annotated[Path, typer.Argument(help="Prose, plain or .xz.")],
-    output: Annotated[Path, typer.Option(help="Folder for audio and manifest.jsonl.")],
-    hours: Annotated[float, typer.Option(help="Hours of speech wanted, what is there already included.")],
+    text: Annotated[Path, typer.Argument(help="Prose, plain or .xz, a paragraph a line.")],
+    output: Annotated[Path, typer.Option(help="Folder for manifest.jsonl and audio; what is there is continued.")],
+    hours: Annotated[float, typer.Option(min=0.0, help="Hours of speech, what is there already included.")],
     voices: Annotated[
-        str, typer.Option(help="ENGINE:SHARE, comma-separated.")
+        str, typer.Option(help="Speech engines with shares, by commas.")
     ] = "hibari:0.9,espeak-ng:0.04,flite:0.06",
-    seed: Annotated[int, typer.Option()] = 1,
+    workers: Annotated[int, typer.Option(min=1, help="Processes.")] = 2,
+    seed: Annotated[int, typer.Option(help="Of the texts' order, voices and speeds.")] = 1,
 ) -> None:
-    """Speak prose with the installed voices, as training data."""
-    with user_errors():
-        from leapasr.data.synthesis import parse_voices, passages, read_paragraphs
-        from leapasr.data.synthesis import synthesize as run_synthesis
+    """Speak prose with the voices that are installed: training data."""
+    from leapasr.data.synthesis import parse_voices, passages, read_paragraphs
+    from leapasr.data.synthesis import synthesize as synthesize_speech
 
-        texts = passages(read_paragraphs(text), seed=seed)
-        manifest = run_synthesis(texts, output, hours=hours, engines=parse_voices(voices), seed=seed)
-    typer.echo(f"manifest: {manifest}")
+    with reported(), progress_bar("speaking", total=hours * 3600, unit="s of speech") as advance:
+        spoken = 0.0
+
+        def progress(seconds: float) -> None:
+            nonlocal spoken
+            advance(seconds - spoken)
+            spoken = seconds
+
+        manifest = synthesize_speech(
+            passages(read_paragraphs(text), seed=seed),
+            output,
+            hours=hours,
+            engines=parse_voices(voices),
+            seed=seed,
+            num_workers=workers,
+            progress=progress,
+        )
+    typer.echo(manifest)
 
 
 @app.command()
 def restore(
-    manifest: Annotated[Path, typer.Argument(help="Manifest with transcripts without case and punctuation.")],
+    manifest: Annotated[Path, typer.Argument(help="leapasr manifest with bare transcripts.")],
     output: Annotated[Path, typer.Option(help="Manifest to write.")],
-    prose: Annotated[Path | None, typer.Option(help="Books that the speech may be read from.")] = None,
-    whisper: Annotated[Path | None, typer.Option(help="Whisper folder for faster-whisper, for all the rest.")] = None,
+    prose: Annotated[Path | None, typer.Option(help="Books, plain or .xz, a paragraph a line, to look up.")] = None,
+    whisper: Annotated[Path | None, typer.Option(help="faster-whisper model folder for what books lack.")] = None,
+    use: Annotated[Literal["train", "dev", "test"], typer.Option(help="Lines of this use.")] = "train",
+    limit: Annotated[int | None, typer.Option(min=1, help="So many lines, spread over the manifest.")] = None,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads for Whisper.")] = 1,
 ) -> None:
-    """Give transcripts case and punctuation: from books, from Whisper, else by rule; the words stay."""
-    with user_errors():
-        from leapasr.data.restoration import restore_manifest
+    """Give bare transcripts case and punctuation: training targets."""
+    from leapasr.data.restoration import restore_manifest
 
-        typer.echo(restore_manifest(manifest, output, prose=prose, whisper=whisper))
+    with reported():
+        counts = restore_manifest(
+            manifest, output, prose=prose, whisper=whisper, use=use, limit=limit, num_threads=threads
+        )
+    typer.echo(", ".join(f"{source}: {count}" for source, count in counts.most_common()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -41,7 +42,12 @@ class Stage:
     ctc_weight: float = 0.5
     max_norm: float = 2.0
     averaging: float = 0.999
-    augmentation: Augmentation = Augmentation()
+    augmentation: Augmentation = field(default_factory=Augmentation)
+
+    @property
+    def encoder_is_frozen(self) -> bool:
+        """Whether the stage hears audio through an encoder of which nothing trains."""
+        return self.task == "heads" or (self.task != "text" and self.frozen_encoder_layers is None)
 
     def weights(self, num_heads: int) -> tuple[float, ...]:
         """Weights of heads 1..K.
@@ -80,6 +86,10 @@ class TrainingConfig:
 
     manifests: training manifests and how often an epoch holds them (2.0: twice, 0.3: a random 30%).
     dev: manifests to evaluate on; text: prose for the tokenizer and the ``text`` stage.
+    encoder_cache: folder of encoder frames; stages whose encoder is frozen compute them once and train from there.
+
+    Raises:
+        ValueError: with `encoder_cache`, no stage freezes its encoder, or one that does augments its audio.
     """
 
     model: ModelPreset | None
@@ -95,6 +105,23 @@ class TrainingConfig:
     eval_utterances: int = 100
     num_workers: int = 1
     compile: bool = True
+    encoder_cache: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.encoder_cache is None:
+            return
+        frozen = [stage for stage in self.stages if stage.encoder_is_frozen]
+        if not frozen:
+            names = ", ".join(stage.name for stage in self.stages)
+            raise ValueError(
+                f"an encoder cache serves stages with a frozen encoder, and none of {names} is: leave it out"
+            )
+        for stage in frozen:
+            if stage.augmentation != NO_AUGMENTATION:
+                raise ValueError(
+                    f"stage {stage.name!r} augments its audio, and cached encoder frames are those of the audio as it "
+                    "is: switch augmentation off (--no-augmentation), or train without an encoder cache"
+                )
 
 
 def small_llama(vocab_size: int, *, size: int, layers: int, ffn: int, heads: int) -> LlamaConfig:
@@ -120,14 +147,21 @@ def tiny(encoder: str | None = None) -> tuple[ModelPreset, tuple[Stage, ...]]:
         encoder=encoder or "openai/whisper-base",
         decoder=small_llama(1024, size=512, layers=4, ffn=1280, heads=8),
         vocab_size=1024,
-        fields={"adapter_size": 512, "adapter_layers": 2, "num_heads": 8, "head_type": "latent"},
-    )
+        fields={
+            "adapter_size": 512, "adapter_layers": 2, "ctc_lookahead": 7, "num_heads": 8, "head_type": "latent",
+        },
+    )  # fmt: skip
+    light = Augmentation(
+        speed=0.5, noise=0.15, reverberation=0.05, num_time_masks=2, max_time_mask=0.25, num_feature_masks=1,
+        max_feature_mask=15,
+    )  # fmt: skip
     stages = (
-        Stage("text", "text", updates=1500, batch=3000, learning_rate=1e-3, augmentation=NO_AUGMENTATION),
-        Stage("ctc", "ctc", updates=300, batch=160, learning_rate=1e-3, frozen_encoder_layers=None),
+        Stage("text", "text", updates=900, batch=3000, learning_rate=1e-3, augmentation=NO_AUGMENTATION),
+        # CTC leaves its all-blank plateau after 150 to 200 updates; the encoder must not move before that
+        Stage("ctc", "ctc", updates=320, batch=65, learning_rate=1e-3, warmup=40, frozen_encoder_layers=None),
         Stage(
-            "joint", "joint", updates=6000, batch=160, learning_rate=4e-4, warmup=200, frozen_encoder_layers=2,
-            lr_scale={"encoder.": 0.4},
+            "joint", "joint", updates=6000, batch=130, learning_rate=5e-4, warmup=150, frozen_encoder_layers=3,
+            lr_scale={"encoder.": 0.3, "speech_projection.projection.": 0.3}, augmentation=light,
         ),
     )  # fmt: skip
     return model, stages
@@ -150,4 +184,17 @@ def base(encoder: str | None = None) -> tuple[ModelPreset, tuple[Stage, ...]]:
     return model, stages
 
 
-PRESETS = {"tiny": tiny, "base": base}
+def heads() -> tuple[None, tuple[Stage, ...]]:
+    """Heads 2..K of a model that is trained already and stays as it is; fits an encoder cache."""
+    stage = Stage(
+        "heads", "heads", updates=3000, batch=320, learning_rate=1e-3, frozen_encoder_layers=None,
+        augmentation=NO_AUGMENTATION,
+    )  # fmt: skip
+    return None, (stage,)
+
+
+PRESETS: dict[str, Callable[..., tuple[ModelPreset | None, tuple[Stage, ...]]]] = {
+    "tiny": tiny,
+    "base": base,
+    "heads": heads,
+}

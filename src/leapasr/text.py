@@ -1,7 +1,7 @@
 """Text on its way in (what the model is taught to write) and on its way out (scoring).
 
 The model writes letters, digits, ``, . ? ! ' -`` and single spaces. `tidy` maps prose and transcripts
-to that style; `EnglishScoring` holds the two normalisers that WER is reported under.
+to that style; `Normalizer` is one of the two forms that word error rates are counted in.
 """
 
 from __future__ import annotations

@@ -10,103 +10,34 @@ import math
 import os
 import re
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import overload
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
-from transformers import PreTrainedConfig
 
 from leapasr.audio import SAMPLE_RATE, AudioError, read_audio
 from leapasr.chunks import Chunk, by_length, cut_recording, windows
 from leapasr.decoding import DecodingOptions, DecodingResult, Prompts, SpeechLlamaDecoder, decode
 from leapasr.decoding.ctc import greedy_ctc
-from leapasr.decoding.options import Truncation
-from leapasr.decoding.trace import TokenRecord
-from leapasr.model.configuration import SpeechLlamaConfig
+from leapasr.model.checkpoints import CheckpointError
 from leapasr.model.encoders import FEATURE_RATE
 from leapasr.model.processing import SpeechLlamaProcessor
 from leapasr.model.speech_llama import SpeechLlamaForConditionalGeneration
+from leapasr.transcription import Segment, Transcription, Word, timed_words
 
 MAX_CHUNK_SECONDS = 25.0
 # A row ends after so many tokens even if the decoder does not end it. Fast speech has about 7 a second.
 MAX_TOKENS_PER_SECOND, MAX_TOKENS_AT_LEAST = 12, 16
 
+DEFAULT_OPTIONS = DecodingOptions()
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 Audio = str | os.PathLike | bytes | np.ndarray
-
-
-@dataclass(frozen=True)
-class Segment:
-    """A stretch of a recording and what is said there.
-
-    Attributes:
-        start, end: seconds from the recording's start.
-        text: as the model writes it.
-        tokens: its ids, without end-of-text.
-        decoder_calls: decoder calls that it took, the prefill included.
-        truncated: None if the decoder ended the text, else ``length`` or ``repetition``.
-        trace: a record of each token that was emitted, end-of-text included; see `leapasr.decoding.trace`.
-    """
-
-    start: float
-    end: float
-    text: str
-    tokens: list[int]
-    decoder_calls: int
-    truncated: Truncation | None
-    trace: list[TokenRecord] = field(repr=False)
-
-
-@dataclass(frozen=True)
-class Transcription:
-    """The text of a recording.
-
-    Attributes:
-        segments: in order; silence has none.
-        audio_seconds: the recording's length.
-        encoder_seconds, decoder_seconds: computing time, of features and encoder and of decoding; a batch's time is
-            split over its rows by their lengths.
-    """
-
-    segments: list[Segment]
-    audio_seconds: float
-    encoder_seconds: float
-    decoder_seconds: float
-
-    @property
-    def text(self) -> str:
-        return " ".join(segment.text for segment in self.segments if segment.text)
-
-    @property
-    def tokens(self) -> list[int]:
-        """Token ids of all segments, without end-of-text."""
-        return [token for segment in self.segments for token in segment.tokens]
-
-    @property
-    def decoder_calls(self) -> int:
-        return sum(segment.decoder_calls for segment in self.segments)
-
-    @property
-    def num_tokens(self) -> int:
-        """Emitted tokens, each segment's end-of-text included: the calls of autoregressive decoding."""
-        return sum(len(segment.trace) for segment in self.segments)
-
-    @property
-    def truncated(self) -> list[Truncation]:
-        """Why segments were cut short; empty if none was."""
-        return [segment.truncated for segment in self.segments if segment.truncated]
-
-    @property
-    def trace(self) -> list[list[TokenRecord]]:
-        """The trace of each segment."""
-        return [segment.trace for segment in self.segments]
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,21 +94,22 @@ class Transcriber:
 
     @overload
     def transcribe(
-        self, audio: Audio, options: DecodingOptions = ..., *, batch_size: int = ...
+        self, audio: Audio, options: DecodingOptions = ..., *, batch_size: int = ..., word_times: bool = ...
     ) -> Transcription: ...  # fmt: skip
 
     @overload
     def transcribe(
-        self, audio: list[Audio], options: DecodingOptions = ..., *, batch_size: int = ...
+        self, audio: list[Audio], options: DecodingOptions = ..., *, batch_size: int = ..., word_times: bool = ...
     ) -> list[Transcription]: ...  # fmt: skip
 
-    def transcribe(self, audio, options=DecodingOptions(), *, batch_size=8):
+    def transcribe(self, audio, options=DEFAULT_OPTIONS, *, batch_size=8, word_times=False):
         """Transcribe one recording, or each of a list.
 
         Args:
             audio: a file's path, a file's bytes, 16 kHz mono samples (num_samples,), or a list of these.
             options: how to decode.
             batch_size: chunks of at most `max_seconds` that are computed together, whatever recordings they are of.
+            word_times: give each segment its words with times, from the encoder's CTC output.
 
         Returns:
             a transcription, or a list of them for a list.
@@ -188,18 +120,28 @@ class Transcriber:
         """
         is_list = isinstance(audio, (list, tuple))
         results = {}
-        for index, result in self.transcribe_each(audio if is_list else [audio], options, batch_size=batch_size):
+        sources = audio if is_list else [audio]
+        for index, result in self.transcribe_each(sources, options, batch_size=batch_size, word_times=word_times):
             if isinstance(result, AudioError):
                 raise result
             results[index] = result
         return [results[index] for index in range(len(results))] if is_list else results[0]
 
     def transcribe_each(
-        self, sources: Iterable[Audio], options: DecodingOptions = DecodingOptions(), *, batch_size: int = 8
+        self,
+        sources: Iterable[Audio],
+        options: DecodingOptions = DEFAULT_OPTIONS,
+        *,
+        batch_size: int = 8,
+        word_times: bool = False,
+        progress: Callable[[float], None] | None = None,
     ) -> Iterator[tuple[int, Transcription | AudioError]]:
         """Transcribe any number of recordings: yields the index of each, with its transcription or what is wrong.
 
-        About half an hour of audio is held in memory at once; what cannot be read is told as soon as it is met.
+        About half an hour of audio is read, transcribed and yielded at a time.
+
+        Args:
+            progress: called with the seconds of audio transcribed since it was last called, silence left out.
 
         Raises:
             ValueError: as in `transcribe`.
@@ -218,11 +160,16 @@ class Transcriber:
 
         for window in windows(readable()):
             yield from _drained(errors)
-            yield from self._transcribe_window(window, options, batch_size)
+            yield from self._transcribe_window(window, options, batch_size, word_times, progress)
         yield from _drained(errors)
 
     def _transcribe_window(
-        self, window: Sequence[tuple[int, np.ndarray]], options: DecodingOptions, batch_size: int
+        self,
+        window: Sequence[tuple[int, np.ndarray]],
+        options: DecodingOptions,
+        batch_size: int,
+        word_times: bool,
+        progress: Callable[[float], None] | None,
     ) -> Iterator[tuple[int, Transcription]]:
         segments: dict[int, list[Segment]] = {index: [] for index, _ in window}
         seconds = {index: np.zeros(2) for index, _ in window}
@@ -230,14 +177,17 @@ class Transcriber:
             encoded = self.encode(chunks)
             decoded = self.decode(encoded, options)
             total = sum(chunk.seconds for chunk in chunks)
-            for chunk, result in zip(chunks, decoded.results, strict=True):
-                segments[chunk.recording].append(self._segment(chunk, result))
+            for row, (chunk, result) in enumerate(zip(chunks, decoded.results, strict=True)):
+                words = self._words(encoded, row, result.tokens) if word_times else []
+                segments[chunk.recording].append(self._segment(chunk, result, words))
                 seconds[chunk.recording] += np.array([encoded.seconds, decoded.seconds]) * chunk.seconds / total
+            if progress:
+                progress(total)
         for index, samples in window:
             ordered = sorted(segments[index], key=lambda segment: segment.start)
             yield index, Transcription(ordered, len(samples) / SAMPLE_RATE, *map(float, seconds[index]))
 
-    def _segment(self, chunk: Chunk, result: DecodingResult) -> Segment:
+    def _segment(self, chunk: Chunk, result: DecodingResult, words: list[Word]) -> Segment:
         return Segment(
             start=chunk.start,
             end=chunk.end,
@@ -246,6 +196,19 @@ class Transcriber:
             decoder_calls=result.num_calls,
             truncated=result.truncated,
             trace=result.trace,
+            words=words,
+        )
+
+    def _words(self, batch: EncodedBatch, row: int, tokens: list[int]) -> list[Word]:
+        num_frames, chunk = int(batch.ctc_lengths_B[row]), batch.chunks[row]
+        return timed_words(
+            tokens,
+            self.processor,
+            batch.ctc_logits_BTV[row, :num_frames].float().log_softmax(-1),
+            frame_rate=self.model.ctc_frame_rate,
+            blank=self.model.config.blank_token_id,
+            start=chunk.start,
+            end=chunk.end,
         )
 
     def cut(self, recordings: Iterable[tuple[int, np.ndarray]]) -> list[Chunk[int]]:
@@ -282,15 +245,19 @@ class Transcriber:
             results = decode(self.decoder, batch.prompts, options, max_tokens=batch.max_tokens)
         return DecodedBatch(results, timer.seconds)
 
-    def ctc_tokens(self, batch: EncodedBatch) -> list[list[int]]:
-        """What the CTC head alone says, greedily: token ids of each row."""
-        return greedy_ctc(batch.ctc_logits_BTV, batch.ctc_lengths_B, blank=self.model.config.blank_token_id)
+    def decode_ctc(self, batch: EncodedBatch) -> DecodedBatch:
+        """What the CTC head alone says, greedily, without one decoder call and without a trace."""
+        with _timed(self.model.device) as timer:
+            rows = greedy_ctc(batch.ctc_logits_BTV, batch.ctc_lengths_B, blank=self.model.config.blank_token_id)
+        return DecodedBatch(
+            [DecodingResult(tokens, num_calls=0, trace=[], truncated=None) for tokens in rows], timer.seconds
+        )
 
     def ctc_text(self, audio: Audio) -> str:
         """What the CTC head alone writes for one recording, greedily; arguments and errors as in `transcribe`."""
-        chunks = self.cut([(0, as_samples(audio))])
-        tokens = [self.ctc_tokens(self.encode([chunk]))[0] for chunk in chunks]
-        return " ".join(filter(None, map(self.processor.decode_text, tokens)))
+        batches = (self.encode([chunk]) for chunk in self.cut([(0, as_samples(audio))]))
+        texts = [self.processor.decode_text(self.decode_ctc(batch).results[0].tokens) for batch in batches]
+        return " ".join(filter(None, texts))
 
 
 def _drained(items: list) -> Iterator:
@@ -352,13 +319,14 @@ def load(
     """
     torch_dtype = _dtype(dtype)
     torch_device = _device(device)
-    place = _located(model)
+    place = locate(model)
     network = _read_model(place, torch_dtype)
     try:
         processor = SpeechLlamaProcessor.from_pretrained(place)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{place} has no usable processor (tokenizer and features): {_first_line(error)}") from error
-    return Transcriber(network.to(torch_device), processor)
+    torch.nn.Module.to(network, torch_device)  # transformers' own `to` has lost its types
+    return Transcriber(network, processor)
 
 
 def _dtype(name: str | None) -> torch.dtype:
@@ -378,8 +346,12 @@ def _device(name: str | torch.device | None) -> torch.device:
     return device
 
 
-def _located(model: str | os.PathLike | None) -> str:
-    """The folder or hub name to load from."""
+def locate(model: str | os.PathLike | None) -> str:
+    """The folder or hub name that `load` loads from; None is the model inside the package.
+
+    Raises:
+        ValueError: there is no such folder, or it is none of a model.
+    """
     if model is None:
         shipped = importlib.resources.files("leapasr") / "pretrained" / "tiny"
         if not shipped.is_dir():
@@ -399,23 +371,11 @@ def _located(model: str | os.PathLike | None) -> str:
 
 def _read_model(place: str, dtype: torch.dtype) -> SpeechLlamaForConditionalGeneration:
     try:
-        fields, _ = PreTrainedConfig.get_config_dict(place)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"no model {place}: its configuration cannot be read ({_first_line(error)})") from error
-    model_type = fields.get("model_type")
-    if model_type != SpeechLlamaConfig.model_type:
-        raise ValueError(f"{place} is a model of type {model_type!r}, not {SpeechLlamaConfig.model_type!r}")
-    try:
-        network, report = SpeechLlamaForConditionalGeneration.from_pretrained(
-            place, dtype=dtype, output_loading_info=True
-        )
-    except (SafetensorError, OSError, RuntimeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"the weights of {place} cannot be loaded, damaged or incomplete: {_first_line(error)}"
-        ) from error
-    if missing := sorted(report["missing_keys"]):
-        raise ValueError(f"{place} lacks {len(missing)} of the model's weights ({missing[0]}, ...): it is incomplete")
-    return network
+        return SpeechLlamaForConditionalGeneration.from_pretrained(place, dtype=dtype)
+    except CheckpointError:
+        raise
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"no model can be loaded from {place}: {_first_line(error)}") from error
 
 
 def _first_line(error: BaseException) -> str:

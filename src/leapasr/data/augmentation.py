@@ -55,7 +55,7 @@ class Augmentation:
             start = int(rng.integers(0, T - width + 1))
             masked[start : start + width] = mean
         for _ in range(self.num_feature_masks):
-            width = int(rng.integers(0, self.max_feature_mask + 1))
+            width = int(rng.integers(0, min(self.max_feature_mask, F) + 1))
             start = int(rng.integers(0, F - width + 1))
             masked[:, start : start + width] = mean
         return masked

@@ -52,18 +52,19 @@ class Source:
 
 
 def plan_epoch(sources: Sequence[Source], *, batch_seconds: float, seed: int, epoch: int) -> list[list[Cut]]:
-    """The batches of one epoch, each of cuts of like duration, at most `batch_seconds` with padding, shuffled."""
+    """The batches of one epoch, shuffled, each of cuts of like duration that last at most `batch_seconds` together."""
     rng = np.random.default_rng((seed, epoch))
     cuts = [cut for source in sources for cut in source.draw(rng)]
     cuts = [cuts[i] for i in rng.permutation(len(cuts))]
     if not cuts:
         raise ValueError("no training data: every source is empty or has weight 0")
+    if len(cuts) == 1:  # the sampler wants two at least
+        return [cuts]
     unique = CutSet.from_cuts(cut.with_id(f"{cut.id}#{n}") for n, cut in enumerate(cuts))
     sampler = DynamicBucketingSampler(
         unique,
         max_duration=batch_seconds,
         num_buckets=min(30, max(2, len(cuts) // 50)),
-        quadratic_duration=15.0,
         shuffle=True,
         seed=int(rng.integers(2**31)),
         buffer_size=len(cuts) + 1,

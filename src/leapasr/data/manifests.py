@@ -90,7 +90,7 @@ def read_manifest(path: str | Path, *, use: str | None = None, limit: int | None
         shown = "; ".join(problems[:NUM_PROBLEMS_SHOWN])
         raise ValueError(f"{path} has no usable utterance ({len(problems)} bad lines: {shown})")
     if use is not None:
-        uses = [_use(cut) for cut in cuts]
+        uses = [use_of(cut) for cut in cuts]
         found = sorted({str(name) for name in uses})
         cuts = [cut for cut, name in zip(cuts, uses, strict=True) if name == use]
         if not cuts:
@@ -98,7 +98,7 @@ def read_manifest(path: str | Path, *, use: str | None = None, limit: int | None
     return ManifestResult(CutSet.from_cuts(spread(cuts, limit)), problems)
 
 
-def _use(cut: Cut) -> str | None:
+def use_of(cut: Cut) -> str | None:
     """The ``use`` of a cut or of its supervision, None where there is none."""
     for holder in [cut, *cut.supervisions]:
         if getattr(holder, "custom", None) and "use" in holder.custom:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.utils.data import Dataset
 
 from leapasr.data.batches import pad_tokens
@@ -79,8 +80,16 @@ class TextBatch:
     audio_seconds: float = 0.0
 
 
+def _rounded(length: float) -> int:
+    """`length` rounded up to 16, 32, 48, 64, 96, 128, 192, …: at most a third of a row is padding."""
+    step = 16
+    while length > 4 * step:
+        step *= 2
+    return -int(-length // step) * step
+
+
 class MisreadBatches(Dataset):
-    """Batches of about `batch_tokens` text tokens out of `texts`, by like length; item i depends on (seed, epoch, i)."""
+    """Batches of about `batch_tokens` text tokens of `texts`, by like length; item i depends on (seed, epoch, i)."""
 
     def __init__(
         self, texts: Sequence[str], processor: SpeechLlamaProcessor, *, batch_tokens: int, seed: int, epoch: int
@@ -88,14 +97,15 @@ class MisreadBatches(Dataset):
         self.processor, self.seed, self.epoch = processor, seed, epoch
         self.batch_tokens = batch_tokens
         rng = random.Random(f"{seed}/{epoch}")
-        # about 2.7 characters a token; pools of like length keep padding small and the order random
+        # about 2.7 characters a token; pools of like length keep padding small and the order random. Shapes come
+        # from a small set (`_rounded`): compiled code and the kernels' caches grow with every new one.
         order = rng.sample(range(len(texts)), len(texts))
         self.batches: list[list[str]] = []
         for start in range(0, len(order), 4096):
             pool = sorted((texts[i] for i in order[start : start + 4096]), key=len)
             pending: list[str] = []
             for text in pool:
-                if pending and len(text) * (len(pending) + 1) / 2.7 > batch_tokens:
+                if pending and len(pending) >= max(1, int(batch_tokens / _rounded(len(text) / 2.7))):
                     self.batches.append(pending)
                     pending = []
                 pending.append(text)
@@ -117,7 +127,9 @@ class MisreadBatches(Dataset):
             reads.append(read + [blank] * rng.randrange(1, 4))
             weights.append([rng.uniform(0.5, 1) for _ in reads[-1]])
         text_ids, text_lengths = pad_tokens(texts, blank)
+        text_ids = pad(text_ids, (0, _rounded(text_ids.shape[1]) - text_ids.shape[1]), value=blank)
         read_ids, read_lengths = pad_tokens(reads, blank)
+        read_ids = pad(read_ids, (0, _rounded(read_ids.shape[1]) - read_ids.shape[1]), value=blank)
         read_weights = torch.zeros(read_ids.shape)
         for row, values in zip(read_weights, weights, strict=True):
             row[: len(values)] = torch.tensor(values)

@@ -192,7 +192,9 @@ def synthesize(
     todo = [utterance for utterance in plan(texts, engines, seed) if utterance.id not in done_ids]
     shards = iter([todo[start : start + SHARD] for start in range(0, len(todo), SHARD)])
     with ProcessPoolExecutor(num_workers) as pool, manifest.open("a") as out:
-        running = {pool.submit(_speak_shard, shard, output) for shard, _ in zip(shards, range(num_workers + 1))}
+        running = {
+            pool.submit(_speak_shard, shard, output) for shard, _ in zip(shards, range(num_workers + 1), strict=False)
+        }
         while running:
             for future in as_completed(running):
                 running.discard(future)

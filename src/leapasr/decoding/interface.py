@@ -92,8 +92,8 @@ class CausalLMDecoder:
         if end is None:
             raise ValueError("the decoder's configuration has no eos_token_id: texts would never end")
         self.body: nn.Module = causal_lm.base_model
-        self.lm_head: nn.Module = causal_lm.get_output_embeddings()
-        self.embed_tokens: nn.Module = causal_lm.get_input_embeddings()
+        self.lm_head: nn.Linear = causal_lm.get_output_embeddings()
+        self.embed_tokens: nn.Embedding = causal_lm.get_input_embeddings()  # type: ignore[assignment]
         self.mtp_heads = mtp_heads
         self.num_heads = 1 if mtp_heads is None else mtp_heads.num_heads
         self.max_positions: int = config.max_position_embeddings

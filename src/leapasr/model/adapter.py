@@ -5,6 +5,8 @@ Shapes: B rows, T frames, D width.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from transformers import WhisperConfig
@@ -12,6 +14,8 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoderLayer
 
 from leapasr.model.configuration import SpeechLlamaConfig
 from leapasr.model.encoders import attention_bias, padding_mask
+
+LOOKAHEAD_SIZE = 128  # width in which the tokens that CTC reads next are joined
 
 
 def stack_frames(frames_BTD: Tensor, lengths_B: Tensor, factor: int) -> tuple[Tensor, Tensor]:
@@ -56,16 +60,25 @@ class SpeechProjection(nn.Module):
 
     With `ctc_in_prompt` each embedding also carries what CTC reads there: the token embedding expected under
     the CTC posterior, blank left out, as in self-conditioned CTC (Nozaki and Komatsu, arXiv 2104.02724) and
-    CTC-compressed prompts (Wu et al., arXiv 2307.03917). The posterior is detached: the CTC head learns from
-    the CTC loss alone.
+    CTC-compressed prompts (Wu et al., arXiv 2307.03917), and, through matrices of their own, what CTC read last
+    before it and the `ctc_lookahead` tokens that it reads next. So a decoder that has just written a token finds
+    with one look, at the place where that token was read last, all that its K heads are to say; it would otherwise
+    first have to learn to join neighbouring places. The posterior is detached: the CTC head learns from the CTC
+    loss alone.
     """
 
     def __init__(self, config: SpeechLlamaConfig):
         super().__init__()
         self.stacking = config.decoder_stacking
         self.ctc_in_prompt = config.ctc_in_prompt
+        self.lookahead = config.ctc_lookahead
         self.blank = config.blank_token_id
-        self.projection = nn.Linear(config.adapter_size * self.stacking, config.decoder_config.hidden_size)
+        size = config.decoder_config.hidden_size
+        self.projection = nn.Linear(config.adapter_size * self.stacking, size)
+        self.previous = nn.Linear(size, size, bias=False) if config.ctc_in_prompt else None
+        if self.lookahead:
+            self.following = nn.Linear(size, LOOKAHEAD_SIZE, bias=False)
+            self.following_projection = nn.Linear(self.lookahead * LOOKAHEAD_SIZE, size, bias=False)
 
     def forward(
         self, frames_BTD: Tensor, lengths_B: Tensor, ctc_logits_BTV: Tensor, token_embeddings_VD: Tensor
@@ -78,10 +91,63 @@ class SpeechProjection(nn.Module):
         return embeddings, stacked_lengths_B
 
     def read_ctc(self, ctc_logits_BTV: Tensor, lengths_B: Tensor, token_embeddings_VD: Tensor) -> Tensor:
-        """Expected token embedding of every stacked frame, summed over its frames."""
+        """What CTC reads in every stacked frame (B, ceil(T / stacking), D), summed over its frames."""
         posterior = torch.softmax(ctc_logits_BTV.detach().float(), -1)
+        valid_BT = padding_mask(lengths_B, ctc_logits_BTV.shape[1])
+        best_BT = posterior.argmax(-1).masked_fill(~valid_BT, self.blank)
         posterior[..., self.blank] = 0
         expected = posterior.to(token_embeddings_VD.dtype) @ token_embeddings_VD
-        stacked, _ = stack_frames(expected, lengths_B, self.stacking)
+        stacked, _ = stack_frames(self.read_tokens(expected, best_BT), lengths_B, self.stacking)
         B, T, _ = stacked.shape
         return stacked.view(B, T, self.stacking, -1).sum(2)
+
+    def read_tokens(self, read_BTD: Tensor, ids_BT: Tensor) -> Tensor:
+        """Add to what is read at each position what is read before and behind it.
+
+        Args:
+            read_BTD: embedding of what is read (B, T, D). ids_BT: the token that it is (B, T), or blank, which
+                gets nothing. A run of one token counts as one reading, as CTC has it.
+
+        Without `ctc_in_prompt` there are no such matrices, and what is read stays as it is.
+        """
+        if self.previous is None:
+            return read_BTD
+        before_BT1, exists_BT1 = neighbouring_readings(ids_BT, [-1], blank=self.blank)
+        result = read_BTD + self.previous(_gather(read_BTD, before_BT1, exists_BT1))
+        if self.lookahead:
+            behind_BTO, exists_BTO = neighbouring_readings(ids_BT, range(1, self.lookahead + 1), blank=self.blank)
+            following = _gather(self.following(read_BTD), behind_BTO, exists_BTO)
+            result = result + self.following_projection(following)
+        return result
+
+
+def neighbouring_readings(ids_BT: Tensor, offsets: Sequence[int], *, blank: int) -> tuple[Tensor, Tensor]:
+    """Where CTC's tokens around each frame begin, by its collapsing rule.
+
+    Args:
+        ids_BT: best token of each frame (B, T), runs and blanks included.
+        offsets: O distances in tokens from that of the frame: −1 is the token before it, 1 the one behind it.
+
+    Returns:
+        (B, T, O) frame at which the run of that token begins, 0 where there is none; and (B, T, O) whether there is
+        one: never at a blank.
+    """
+    token_BT = ids_BT != blank
+    begins_BT = token_BT.clone()
+    begins_BT[:, 1:] &= ids_BT[:, 1:] != ids_BT[:, :-1]
+    run_BT = begins_BT.cumsum(1) - 1  # the run that a frame lies in, or that ended last
+    frame_BT = torch.arange(ids_BT.shape[1], device=ids_BT.device).expand_as(ids_BT)
+    last = ids_BT.shape[1]
+    begin_BR = torch.zeros_like(nn.functional.pad(ids_BT, (0, 1)))
+    begin_BR = begin_BR.scatter(1, torch.where(begins_BT, run_BT, last), frame_BT)
+    wanted_BTO = run_BT[..., None] + torch.tensor(list(offsets), device=ids_BT.device)
+    exists_BTO = token_BT[..., None] & (wanted_BTO >= 0) & (wanted_BTO <= run_BT[:, -1:, None])
+    places = begin_BR.gather(1, wanted_BTO.clamp(0, last - 1).flatten(1)).view_as(wanted_BTO)
+    return torch.where(exists_BTO, places, 0), exists_BTO
+
+
+def _gather(values_BTD: Tensor, index_BTO: Tensor, exists_BTO: Tensor) -> Tensor:
+    """The values at O places for each frame, joined: (B, T, O · D), zeros where there is no such place."""
+    D = values_BTD.shape[-1]
+    found = values_BTD.gather(1, index_BTO.flatten(1)[..., None].expand(-1, -1, D))
+    return (found.view(*index_BTO.shape, D) * exists_BTO[..., None]).flatten(2)

@@ -51,20 +51,22 @@ def build_model(
         CheckpointError: a pretrained part cannot be used.
     """
     encoder_config, encoder_state = _encoder(preset)
-    decoder = load_decoder(preset.decoder) if isinstance(preset.decoder, str) else None
+    decoder, decoder_config = _decoder(preset)
     if preset.lora_rank and decoder is None:
         raise ValueError(
             f"lora_rank {preset.lora_rank} adapts a pretrained decoder, and this one has random weights: "
             "set lora_rank to 0, or name a pretrained decoder"
         )
-    decoder_config = copy.deepcopy(preset.decoder if decoder is None else decoder.config)
     _set_special_tokens(decoder_config, tokenizer)
     torch.manual_seed(seed)
     model = SpeechLlamaForConditionalGeneration(SpeechLlamaConfig(encoder_config, decoder_config, **preset.fields))
     if encoder_state is not None:
-        _load(model.encoder.encoder, encoder_state, preset.encoder)
+        _load(model.encoder.encoder, encoder_state, str(preset.encoder))
+    if model.config.ctc_in_prompt:
+        # what CTC reads must not drown in an untrained projection, many times its size: that one begins at zero
+        nn.init.zeros_(model.speech_projection.projection.weight)
     if decoder is not None:
-        _load(model.decoder, decoder.state_dict(), preset.decoder)
+        _load(model.decoder, decoder.state_dict(), str(preset.decoder))
         if model.mtp_heads is not None:
             model.mtp_heads.reset_from(model.decoder.lm_head)
     if preset.lora_rank:
@@ -87,6 +89,14 @@ def build_processor(preset: ModelPreset, tokenizer: PreTrainedTokenizerBase) -> 
 
 def _encoder(preset: ModelPreset) -> tuple[PreTrainedConfig, dict[str, Tensor] | None]:
     return load_encoder(preset.encoder) if isinstance(preset.encoder, str) else (preset.encoder, None)
+
+
+def _decoder(preset: ModelPreset) -> tuple[PreTrainedModel | None, PreTrainedConfig]:
+    """The pretrained decoder, if there is one, and a configuration that may be changed."""
+    if isinstance(preset.decoder, str):
+        decoder = load_decoder(preset.decoder)
+        return decoder, copy.deepcopy(decoder.config)
+    return None, copy.deepcopy(preset.decoder)
 
 
 def _set_special_tokens(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:

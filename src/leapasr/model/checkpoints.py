@@ -75,7 +75,7 @@ def read_ctranslate2(folder: Path) -> dict[str, np.ndarray]:
         elif name.endswith("weight"):
             stored = _CTRANSLATE2_OTHER_DTYPES.get(type_code, f"type {type_code}")
             raise CheckpointError(
-                f"{path}: {name} is quantised ({stored}), not float; convert the model again with --quantization float16"
+                f"{path}: {name} is quantised ({stored}); convert the model again with --quantization float16"
             )
     for _ in range(reader.number("I")):
         alias, name = reader.string(), reader.string()
@@ -167,9 +167,7 @@ def load_encoder_config(name_or_path: str | Path) -> PreTrainedConfig:
     if config.model_type == "parakeet_ctc":
         return config.encoder_config
     if config.model_type not in ENCODERS:
-        raise CheckpointError(
-            f"{name_or_path} is a {config.model_type!r}; supported encoders: {', '.join(ENCODERS)}"
-        )
+        raise CheckpointError(f"{name_or_path} is a {config.model_type!r}; supported encoders: {', '.join(ENCODERS)}")
     return config
 
 
@@ -182,8 +180,8 @@ def load_encoder(name_or_path: str | Path) -> tuple[PreTrainedConfig, dict[str, 
         CheckpointError: there is no encoder of a supported type.
     """
     if (Path(name_or_path) / CTRANSLATE2_FILE).is_file():
-        config, state = load_ctranslate2_whisper(name_or_path)
-        return config, {k.removeprefix("encoder."): v for k, v in state.items() if k.startswith("encoder.")}
+        whisper, state = load_ctranslate2_whisper(name_or_path)
+        return whisper, {k.removeprefix("encoder."): v for k, v in state.items() if k.startswith("encoder.")}
     config = load_encoder_config(name_or_path)
     model = AutoModel.from_pretrained(name_or_path, dtype=torch.float32)
     return config, getattr(model, "encoder", model).state_dict()

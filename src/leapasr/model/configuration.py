@@ -32,6 +32,7 @@ class SpeechLlamaConfig(PreTrainedConfig):
         encoder_stacking: encoder frames stacked to one adapter frame (Whisper: 2, from 50 to 25 a second).
         decoder_stacking: adapter frames stacked to one speech embedding (2: 12.5 a second).
         ctc_in_prompt: add the CTC posterior's expected token embedding to each speech embedding.
+        ctc_lookahead: with it, also those of the so many tokens that CTC reads next; K − 1 serves K heads.
         num_heads: K, the tokens predicted per decoder call; head 1 is the decoder's own.
         head_type: architecture of heads 2..K: ``projection``, ``latent``, ``residual`` or ``sequential``.
         weight_storage: ``float`` or ``int8`` (matrices stored in 8 bits per output channel, widened at load).
@@ -56,6 +57,7 @@ class SpeechLlamaConfig(PreTrainedConfig):
         encoder_stacking: int = 2,
         decoder_stacking: int = 2,
         ctc_in_prompt: bool = True,
+        ctc_lookahead: int = 0,
         num_heads: int = 4,
         head_type: str = "latent",
         weight_storage: str = "float",
@@ -69,6 +71,11 @@ class SpeechLlamaConfig(PreTrainedConfig):
             raise ValueError(f"unknown weight_storage {weight_storage!r}: choose 'float' or 'int8'")
         if encoder_stacking < 1 or decoder_stacking < 1:
             raise ValueError(f"stacking must be at least 1, got {encoder_stacking} and {decoder_stacking}")
+        if ctc_lookahead < 0 or (ctc_lookahead and not ctc_in_prompt):
+            raise ValueError(
+                f"ctc_lookahead must be 0 or more, and 0 without ctc_in_prompt, got {ctc_lookahead} "
+                f"with ctc_in_prompt={ctc_in_prompt}"
+            )
         if adapter_size % adapter_attention_heads:
             raise ValueError(
                 f"adapter_size {adapter_size} is not a multiple of adapter_attention_heads {adapter_attention_heads}"
@@ -82,6 +89,7 @@ class SpeechLlamaConfig(PreTrainedConfig):
         self.encoder_stacking = encoder_stacking
         self.decoder_stacking = decoder_stacking
         self.ctc_in_prompt = ctc_in_prompt
+        self.ctc_lookahead = ctc_lookahead
         self.num_heads = num_heads
         self.head_type = head_type
         self.weight_storage = weight_storage

@@ -5,9 +5,12 @@ Shapes: B rows, F mel bins, T frames, D encoder width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
-from transformers import ParakeetEncoder, PreTrainedConfig
+from transformers import ParakeetEncoder, ParakeetEncoderConfig, PreTrainedConfig, WhisperConfig
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 FEATURE_RATE = 100  # log-mel frames a second, of every encoder here
@@ -32,7 +35,7 @@ class WhisperSpeechEncoder(nn.Module):
     them) run without gradient.
     """
 
-    def __init__(self, config: PreTrainedConfig):
+    def __init__(self, config: WhisperConfig):
         super().__init__()
         self.encoder = WhisperEncoder(config)
         self.num_frozen_layers = 0
@@ -99,7 +102,7 @@ class WhisperSpeechEncoder(nn.Module):
 class ParakeetSpeechEncoder(nn.Module):
     """FastConformer (`ParakeetEncoder`), 12.5 frames a second, for training from scratch."""
 
-    def __init__(self, config: PreTrainedConfig):
+    def __init__(self, config: ParakeetEncoderConfig):
         super().__init__()
         self.encoder = ParakeetEncoder(config)
 
@@ -126,14 +129,18 @@ class ParakeetSpeechEncoder(nn.Module):
     def forward(self, features_BTF: Tensor, lengths_B: Tensor) -> tuple[Tensor, Tensor]:
         """Features (B, T, F) and lengths (B,) to frames (B, ceil(T / 8), D) and lengths (B,)."""
         mask_BT = padding_mask(lengths_B, features_BTF.shape[1])
-        output = self.encoder(features_BTF, attention_mask=mask_BT.long())
+        output = self.encoder(features_BTF * mask_BT[..., None], attention_mask=mask_BT.long())
         return output.last_hidden_state, output.attention_mask.sum(-1)
 
 
-ENCODERS = {"whisper": WhisperSpeechEncoder, "parakeet_encoder": ParakeetSpeechEncoder}
+SpeechEncoder = WhisperSpeechEncoder | ParakeetSpeechEncoder
+ENCODERS: dict[str, Callable[[Any], SpeechEncoder]] = {
+    "whisper": WhisperSpeechEncoder,
+    "parakeet_encoder": ParakeetSpeechEncoder,
+}
 
 
-def build_encoder(config: PreTrainedConfig) -> WhisperSpeechEncoder | ParakeetSpeechEncoder:
+def build_encoder(config: PreTrainedConfig) -> SpeechEncoder:
     """The encoder of `config`, with random weights.
 
     Raises:

@@ -47,11 +47,12 @@ def merged_state(model: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
     state = {name: state[name] for name in names}
     if not has_low_rank(model):
         return state
-    from peft.tuners.lora import LoraLayer
+    from peft.tuners import lora
 
     for path, layer in model.named_modules():
-        if isinstance(layer, LoraLayer):
+        if isinstance(layer, lora.Linear):
             base = layer.get_base_layer()
+            assert isinstance(base, nn.Linear)
             for name in [name for name in state if name.startswith(f"{path}.")]:
                 del state[name]
             state[f"{path}.weight"] = base.weight + layer.get_delta_weight(ADAPTER)

@@ -58,8 +58,8 @@ class ProjectionHeads(MTPHeads):
         return torch.stack([projection(hidden_BD) for projection in self.projections[:num_drafts]], 1)
 
     def reset_from(self, lm_head):
-        for projection in self.projections:
-            projection.weight.data.copy_(lm_head.weight.data)
+        for weight in self.projections.parameters():
+            weight.data.copy_(lm_head.weight.data)
 
 
 class LatentHeads(MTPHeads):

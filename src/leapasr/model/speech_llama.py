@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import cached_file
 
 from leapasr.model import storage
@@ -52,17 +52,23 @@ class SpeechLlamaOutput:
 
 
 def join_rows(
-    first_BLD: Tensor, first_lengths_B: Tensor, second_BUD: Tensor, second_lengths_B: Tensor | None = None
+    first_BLD: Tensor,
+    first_lengths_B: Tensor,
+    second_BUD: Tensor,
+    second_lengths_B: Tensor | None = None,
+    *,
+    size: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Put each row's second part directly behind the valid positions of its first part.
 
     Returns the joined rows (B, L', D), right-padded with whatever lies there, and the index (B, L') of each
-    joined position within the concatenation of both parts. L' is the longest joined row.
+    joined position within the concatenation of both parts. L' is `size`, or else the longest joined row.
     """
     B, L, _ = first_BLD.shape
     U = second_BUD.shape[1]
-    longest = first_lengths_B.max() + U if second_lengths_B is None else (first_lengths_B + second_lengths_B).max()
-    position = torch.arange(int(longest), device=first_BLD.device)[None]
+    if size is None:
+        size = int((first_lengths_B + (U if second_lengths_B is None else second_lengths_B)).max())
+    position = torch.arange(size, device=first_BLD.device)[None]
     index_BP = torch.where(
         position < first_lengths_B[:, None], position, L + (position - first_lengths_B[:, None]).clamp(max=U - 1)
     )
@@ -81,7 +87,7 @@ class SpeechLlamaForConditionalGeneration(PreTrainedModel):
     main_input_name = "input_features"
     base_model_prefix = ""
     _supports_sdpa = True
-    input_modalities = ("audio",)
+    input_modalities = ["audio"]
 
     def __init__(self, config: SpeechLlamaConfig):
         super().__init__(config)
@@ -95,14 +101,15 @@ class SpeechLlamaForConditionalGeneration(PreTrainedModel):
         if self.mtp_heads is not None:
             self.mtp_heads.reset_from(self.decoder.lm_head)
 
-    def save_pretrained(
-        self, folder: str | os.PathLike, *, weights: Literal["float", "int8"] = "float", **_: Any
+    def save_pretrained(  # type: ignore[override]
+        self, folder: str | os.PathLike, *, weights: Literal["float", "int8"] = "float", max_shard_size: Any = None
     ) -> None:
         """Write the model into `folder`, all or nothing: what is there survives a failure.
 
         Args:
             weights: ``float`` stores the weights as they are; ``int8`` stores matrices in 8 bits with a scale per
                 output channel, and they are widened when loaded. Low-rank adapters are merged.
+            max_shard_size: what `push_to_hub` gives; the weights are one file whatever it is.
 
         Raises:
             ValueError: `weights` is neither. OSError: `folder` cannot be written.
@@ -110,8 +117,8 @@ class SpeechLlamaForConditionalGeneration(PreTrainedModel):
         storage.save(self, Path(folder), weights=weights)
 
     @classmethod
-    def from_pretrained(
-        cls, name_or_path: str | os.PathLike, *args: Any, config: PreTrainedConfig | None = None, **kwargs: Any
+    def from_pretrained(  # type: ignore[override]
+        cls, name_or_path: str | os.PathLike, *args: Any, config: SpeechLlamaConfig | None = None, **kwargs: Any
     ) -> SpeechLlamaForConditionalGeneration:
         """Load a model that `save_pretrained` wrote, in evaluation mode.
 
@@ -127,12 +134,12 @@ class SpeechLlamaForConditionalGeneration(PreTrainedModel):
         hub = {option: kwargs.pop(option) for option in _HUB_OPTIONS if option in kwargs}
         if config is None:
             fields, _ = cls.config_class.get_config_dict(name_or_path, **hub)
-            if fields.get("model_type") != cls.config_class.model_type:
-                raise CheckpointError(
-                    f"{name_or_path} is a model of type {fields.get('model_type')!r}, not {cls.config_class.model_type!r}"
-                )
+            found, wanted = fields.get("model_type"), cls.config_class.model_type
+            if found != wanted:
+                raise CheckpointError(f"{name_or_path} is a model of type {found!r}, not {wanted!r}")
             config = cls.config_class.from_dict(fields)
         path = cached_file(name_or_path, storage.WEIGHTS_FILE, **hub)
+        assert path is not None  # it raises OSError where there is none
         with torch.device("meta"):
             architecture = cls(config)
         state = storage.read(Path(path), architecture)
@@ -191,7 +198,8 @@ class SpeechLlamaForConditionalGeneration(PreTrainedModel):
         """
         begin = text_BM.new_full((len(text_BM), 1), self.config.bos_token_id)
         text_BUD = self.get_input_embeddings()(torch.cat([begin, text_BM], 1))
-        joined, _ = join_rows(embeddings_BLD, lengths_B, text_BUD.to(embeddings_BLD.dtype))
+        size = embeddings_BLD.shape[1] + text_BUD.shape[1]  # not the longest row: shapes of few sizes are faster
+        joined, _ = join_rows(embeddings_BLD, lengths_B, text_BUD.to(embeddings_BLD.dtype), size=size)
         hidden = self.decoder.model(inputs_embeds=joined, use_cache=False).last_hidden_state
         U = text_BUD.shape[1]
         index_BU = lengths_B[:, None] + torch.arange(U, device=lengths_B.device)[None]

@@ -111,14 +111,19 @@ def save(model: PreTrainedModel, folder: Path, *, weights: str) -> None:
         raise ValueError(f"unknown weights {weights!r}: choose 'float' or 'int8'")
     config = copy.deepcopy(model.config)
     config.weight_storage = weights
-    config.dtype = "float32" if weights == "int8" else str(model.dtype).removeprefix("torch.")
+    for part in (config, config.encoder_config, config.decoder_config):
+        part.dtype = "float32" if weights == "int8" else str(model.dtype).removeprefix("torch.")
     config.architectures = [type(model).__name__]
     own = merged_state(model, own_names(model))
     state = {name: value.contiguous().cpu() for name, value in (to_int8(own) if weights == "int8" else own).items()}
 
     def write(pending: Path) -> None:
         config.save_pretrained(pending)
-        save_file(state, pending / WEIGHTS_FILE, metadata={"format": "pt"})
+        try:
+            save_file(state, pending / WEIGHTS_FILE, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(f"cannot write {folder / WEIGHTS_FILE}: {error}") from error
+        (pending / WEIGHTS_FILE).chmod((pending / "config.json").stat().st_mode)  # safetensors lets only the owner read
 
     replace_files(folder, write)
 

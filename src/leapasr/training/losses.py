@@ -51,7 +51,8 @@ def mtp_loss(
         accuracies.append(
             (logits.detach().argmax(-1) == labels).float().mean() if len(labels) else logits.new_zeros(())
         )
-    total = sum(weight * loss for weight, loss in zip(weights, losses, strict=True))
+    weighted = (weight * loss for weight, loss in zip(weights, losses, strict=True))
+    total = sum(weighted, start=head_logits[0].new_zeros((), dtype=torch.float32))
     return total, losses, accuracies
 
 

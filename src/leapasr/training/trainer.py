@@ -9,8 +9,10 @@ from __future__ import annotations
 import json
 import math
 import os
+import pickle
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Subset
 from torch.utils.tensorboard import SummaryWriter
 
 from leapasr.config import Stage, TrainingConfig
@@ -28,13 +30,15 @@ from leapasr.data.augmentation import NO_AUGMENTATION
 from leapasr.data.batches import Batch, Source, SpeechBatches, plan_epoch
 from leapasr.data.misreadings import MisreadBatches, TextBatch
 from leapasr.decoding.ctc import greedy_ctc
+from leapasr.model.low_rank import freeze_adapted
 from leapasr.model.processing import SpeechLlamaProcessor
-from leapasr.model.speech_llama import SpeechLlamaForConditionalGeneration
+from leapasr.model.speech_llama import SpeechEncoding, SpeechLlamaForConditionalGeneration
+from leapasr.training.encoder_cache import EncoderCache, FrameBatch, FrameBatches
 from leapasr.training.losses import ctc_loss, mtp_loss
 from leapasr.training.optimizer import MasterAdamW
 
 TRAINED_PREFIXES = {
-    "text": ("decoder.",),
+    "text": ("decoder.", "mtp_heads.", "speech_projection.previous.", "speech_projection.following"),
     "ctc": ("encoder.", "adapter.", "ctc_head."),
     "joint": ("",),
     "heads": ("mtp_heads.",),
@@ -61,18 +65,25 @@ class StageTask(torch.nn.Module):
         self.model, self.stage = model, stage
         self.weights = stage.weights(model.num_heads)
 
-    def forward(self, batch: Batch | TextBatch) -> StepLosses:
+    def encode(self, batch: Batch | FrameBatch) -> SpeechEncoding:
+        """The speech side of the model on features, or behind the encoder on its cached frames."""
+        if isinstance(batch, FrameBatch):
+            return self.model.encode_frames(batch.frames.to(self.model.dtype), batch.frame_lengths)
+        return self.model.encode(batch.input_features.to(self.model.dtype), batch.feature_lengths)
+
+    def forward(self, batch: Batch | FrameBatch | TextBatch) -> StepLosses:
         model, task = self.model, self.stage.task
         figures: dict[str, Tensor] = {}
         total = batch.text_ids.new_zeros((), dtype=torch.float32)
         head_logits = None
-        if task == "text":
+        if isinstance(batch, TextBatch):
             table = model.get_input_embeddings()
             read_BLD = table(batch.read_ids) * batch.read_weights[..., None].to(table.weight.dtype)
-            head_logits = model.read_text(read_BLD, batch.read_lengths, batch.text_ids, num_heads=1)
+            read_BLD = model.speech_projection.read_tokens(read_BLD, batch.read_ids)
+            head_logits = model.read_text(read_BLD, batch.read_lengths, batch.text_ids)
         else:
             with torch.set_grad_enabled(torch.is_grad_enabled() and task != "heads"):
-                encoding = model.encode(batch.input_features.to(model.dtype), batch.feature_lengths)
+                encoding = self.encode(batch)
             if task != "heads":
                 ctc = ctc_loss(
                     encoding.ctc_logits_BTV,
@@ -108,9 +119,33 @@ def save_atomically(state: dict[str, Any], path: Path) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(pending, path)
-    except BaseException:
+    except BaseException as error:
         pending.unlink(missing_ok=True)
+        cause = error if isinstance(error, OSError) else error.__context__  # torch hides what the system said
+        if isinstance(cause, OSError):
+            raise OSError(cause.errno, cause.strerror, str(pending)) from error
         raise
+
+
+def cast(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Cast weights in place, and learnt buffers, but not those that are computed at the start.
+
+    Rotary frequencies in bfloat16 would turn positions by other angles than those of the model once it is loaded.
+    """
+    computed = [
+        (module, name, module.get_buffer(name))
+        for module in model.modules()
+        for name in module._non_persistent_buffers_set
+    ]
+    model.to(dtype)
+    for module, name, buffer in computed:
+        setattr(module, name, buffer)
+
+
+def train_mode(model: torch.nn.Module) -> None:
+    """Training mode for the parts that train; frozen ones stay as they are used: no dropout, no moving statistics."""
+    for part in model.children():
+        part.train(any(parameter.requires_grad for parameter in part.parameters()))
 
 
 def compile_layers(model: SpeechLlamaForConditionalGeneration) -> None:
@@ -157,12 +192,15 @@ class Trainer:
         self.checkpoint = config.output / "checkpoint.pt"
         self.stage_index = self.update = 0
         self._resumed: dict[str, Any] | None = None
+        self._frozen: dict[str, Tensor] = {}  # what the running stage does not train, in float32
+        self._cache: EncoderCache | None = None  # of the running stage
 
     def run(self) -> Path:
         """Train through all stages, resuming where a checkpoint is; returns the folder of the final model.
 
         Raises:
-            TrainingError: the loss is not finite, or there is no data for a stage.
+            TrainingError: the loss is not finite, there is no data for a stage, or the checkpoint is damaged or of
+                another run.
         """
         self.config.output.mkdir(parents=True, exist_ok=True)
         self._resume()
@@ -171,13 +209,22 @@ class Trainer:
                 continue
             self._run_stage(stage)
             self.stage_index, self.update = index + 1, 0
-        final = self.config.output / "model"
-        return final
+            self._save(None)
+        return self.config.output / "model"
 
     def _resume(self) -> None:
         if not self.checkpoint.exists():
             return
-        state = torch.load(self.checkpoint, map_location=self.accelerator.device, weights_only=True)
+        try:
+            state = torch.load(self.checkpoint, map_location=self.accelerator.device, weights_only=True)
+        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            raise TrainingError(f"{self.checkpoint} is damaged ({error}); delete it to train from the start") from error
+        names = [stage.name for stage in self.config.stages]
+        if state.get("stages", names) != names:
+            raise TrainingError(
+                f"{self.checkpoint} is of a run of the stages {', '.join(state['stages'])}, not {', '.join(names)}; "
+                "train into another --output folder"
+            )
         try:
             self.model.load_state_dict(state["model"])
         except RuntimeError as error:
@@ -185,20 +232,32 @@ class Trainer:
                 f"{self.checkpoint} is of another architecture: {str(error).splitlines()[1].strip()}; "
                 "train into another --output folder"
             ) from error
-        self.stage_index, self.update, self._resumed = state["stage"], state["update"], state
+        self.stage_index, self.update = state["stage"], state["update"]
+        self._resumed = state.get("optimizer")
 
-    def _save(self, optimizer: MasterAdamW) -> None:
-        if self.accelerator.is_main_process:
-            state = {"model": self.model.state_dict(), "optimizer": optimizer.state_dict()}
-            save_atomically(state | {"stage": self.stage_index, "update": self.update}, self.checkpoint)
+    def _save(self, optimizer: MasterAdamW | None) -> None:
+        """Write the checkpoint, in the middle of a stage or (without `optimizer`) between two."""
+        if not self.accelerator.is_main_process:
+            return
+        state = {
+            "model": self.model.state_dict() | self._frozen,
+            "stages": [stage.name for stage in self.config.stages],
+            "stage": self.stage_index,
+            "update": self.update,
+        }
+        if optimizer is not None:
+            state["optimizer"] = optimizer.state_dict()
+        save_atomically(state, self.checkpoint)
 
-    def _datasets(self, stage: Stage, epoch: int) -> Dataset:
+    def _dataset(self, stage: Stage, epoch: int) -> MisreadBatches | SpeechBatches | FrameBatches:
         if stage.task == "text":
             if not self.texts:
                 raise TrainingError(f"stage {stage.name!r} needs text: give --text FILE")
             options = {"batch_tokens": int(stage.batch), "seed": self.config.seed, "epoch": epoch}
             return MisreadBatches(self.texts, self.processor, **options)
         plan = plan_epoch(self.sources, batch_seconds=stage.batch, seed=self.config.seed, epoch=epoch)
+        if self._cache is not None:
+            return FrameBatches(plan, self.processor, self._cache)
         return SpeechBatches(plan, self.processor, stage.augmentation, seed=self.config.seed, epoch=epoch)
 
     def _batches(self, stage: Stage) -> Iterator[Any]:
@@ -206,7 +265,7 @@ class Trainer:
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         to_skip, epoch = self.update * world, 0
         while True:
-            dataset = self._datasets(stage, epoch)
+            dataset = self._dataset(stage, epoch)
             size = len(dataset) - len(dataset) % world
             if not size:
                 raise TrainingError(f"stage {stage.name!r}: {len(dataset)} batches are too few for {world} processes")
@@ -220,47 +279,101 @@ class Trainer:
                 )
             to_skip, epoch = max(0, to_skip - size), epoch + 1
 
-    def _run_stage(self, stage: Stage) -> None:
-        model, device = self.model, self.accelerator.device
-        prefixes = TRAINED_PREFIXES[stage.task]
+    def _begin_stage(self, stage: Stage) -> MasterAdamW:
+        """Freeze what `stage` does not train, cast the model, and make its optimizer, as the checkpoint left it."""
+        model = self.model
         model.requires_grad_(True)
         layers = model.config.encoder_config.num_hidden_layers
-        frozen = layers if stage.frozen_encoder_layers is None else stage.frozen_encoder_layers
-        model.encoder.freeze_layers(frozen)
+        model.encoder.freeze_layers(layers if stage.frozen_encoder_layers is None else stage.frozen_encoder_layers)
+        freeze_adapted(model.decoder)
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(parameter.requires_grad and name.startswith(prefixes))
-        dtype = torch.bfloat16 if self.config.precision == "bf16" else torch.float32
+            parameter.requires_grad_(parameter.requires_grad and name.startswith(TRAINED_PREFIXES[stage.task]))
         optimizer = MasterAdamW(
             [(n, p) for n, p in model.named_parameters() if p.requires_grad],
             lr_scale=stage.lr_scale,
             averaging=stage.averaging,
         )
-        model.to(dtype)
+        self._frozen = _frozen_values(model)
+        cast(model, torch.bfloat16 if self.config.precision == "bf16" else torch.float32)
         if self._resumed is not None:
-            optimizer.load_state_dict(self._resumed["optimizer"])
+            try:
+                optimizer.load_state_dict(self._resumed)
+            except (RuntimeError, ValueError) as error:
+                raise TrainingError(
+                    f"{self.checkpoint} was written while stage {stage.name!r} trained other weights ({error}); "
+                    "train into another --output folder"
+                ) from error
             self._resumed = None
-        task = self.accelerator.prepare_model(StageTask(model, stage))
-        writer = SummaryWriter(self.config.output / "tensorboard") if self.accelerator.is_main_process else None
-        log = (self.config.output / "metrics.jsonl").open("a")
+        return optimizer
+
+    def _encoder_cache(self, stage: Stage) -> EncoderCache | None:
+        """The frames of the stage's cuts, those that were missing computed; None where the stage goes without."""
+        if self.config.encoder_cache is None or not stage.encoder_is_frozen:
+            return None
+        accelerator = self.accelerator
+        cache = EncoderCache(self.config.encoder_cache, self.model.encoder, self.processor)
+        missing = cache.missing([cut for source in self.sources for cut in source.cuts])
+        self.model.eval()
+        with self._progress() as progress:
+            bar = progress.add_task("encoder frames", total=len(missing))
+            cache.compute(
+                missing[accelerator.process_index :: accelerator.num_processes],
+                batch_seconds=stage.batch,
+                num_workers=self.config.num_workers,
+                advance=lambda count: progress.advance(bar, count * accelerator.num_processes),
+            )
+        accelerator.wait_for_everyone()
+        cache.refresh()
+        return cache
+
+    def _progress(self) -> Progress:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        return Progress(*columns, disable=not self.accelerator.is_main_process)
+
+    def _end_stage(self, stage: Stage, optimizer: MasterAdamW) -> None:
+        """Leave the averaged weights in the model, in float32, what was frozen untouched, and save it."""
+        model = self.model
+        names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        cast(model, torch.float32)
+        model.load_state_dict(dict(zip(names, optimizer.averages, strict=True)) | self._frozen, strict=False)
+        self._frozen = {}
+        if self.accelerator.is_main_process:
+            for folder in (self.config.output / stage.name, self.config.output / "model"):
+                model.save_pretrained(folder)
+                self.processor.save_pretrained(folder)
+
+    def _run_stage(self, stage: Stage) -> None:
+        optimizer = self._begin_stage(stage)
+        self._cache = self._encoder_cache(stage)
+        task = self.accelerator.prepare_model(StageTask(self.model, stage))
+        with ExitStack() as files:
+            log = files.enter_context((self.config.output / "metrics.jsonl").open("a"))
+            writer = None
+            if self.accelerator.is_main_process:
+                writer = files.enter_context(SummaryWriter(self.config.output / "tensorboard"))
+            self._optimize(stage, task, optimizer, writer, log)
+        self._end_stage(stage, optimizer)
+
+    def _optimize(self, stage: Stage, task: torch.nn.Module, optimizer: MasterAdamW, writer, log) -> None:
         saved_at = window_start = time.monotonic()
         window_seconds, window_updates = 0.0, 0
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        progress = Progress(*columns, disable=not self.accelerator.is_main_process)
+        progress = self._progress()
         bar = progress.add_task(stage.name, total=stage.updates, completed=self.update)
         batches = self._batches(stage)
         with progress:
             while self.update < stage.updates:
-                set_seed(self.config.seed + self.update)
-                batch = _to_device(next(batches), device)
-                task.train()
+                batch = _to_device(next(batches), self.accelerator.device)
+                set_seed(self.config.seed + self.update)  # behind the batch: starting a loader takes a random number
+                train_mode(self.model)
                 losses = task(batch)
                 self.accelerator.backward(losses.total)
                 norm = optimizer.step(learning_rate(stage, self.update), stage.max_norm)
                 if not math.isfinite(norm):
+                    kept = f" from {self.checkpoint}, which holds good weights" if self.checkpoint.exists() else ""
                     raise TrainingError(
                         f"stage {stage.name!r}, update {self.update}: loss {losses.total.item():.4g}, gradient norm "
-                        f"{norm}. Lower the learning rate ({stage.learning_rate:g}) and start again from "
-                        f"{self.checkpoint}, which holds the last good weights. Batch: {_batch_ids(batch)}"
+                        f"{norm}. Lower the learning rate ({stage.learning_rate:g}) and start again{kept}. "
+                        f"Batch: {_batch_ids(batch)}"
                     )
                 self.update += 1
                 window_seconds += batch.audio_seconds
@@ -284,17 +397,6 @@ class Trainer:
                 if time.monotonic() - saved_at > 60 * self.config.checkpoint_minutes:
                     self._save(optimizer)
                     saved_at = time.monotonic()
-        with torch.no_grad(), optimizer.averaged():
-            averages = dict(
-                zip((n for n, p in model.named_parameters() if p.requires_grad), optimizer.averages, strict=True)
-            )
-            averages = {name: value.clone() for name, value in averages.items()}
-        model.to(torch.float32)
-        model.load_state_dict(averages, strict=False)
-        if self.accelerator.is_main_process:
-            for folder in (self.config.output / stage.name, self.config.output / "model"):
-                model.save_pretrained(folder)
-                self.processor.save_pretrained(folder)
 
     def _log(self, writer, log, stage: Stage, figures: dict[str, float]) -> None:
         if writer is None:
@@ -310,12 +412,14 @@ class Trainer:
         self.model.eval()
         task = StageTask(self.model, stage)
         seed = self.config.seed
+        batches: list[Batch | TextBatch]
         if stage.task == "text":
-            dataset: Dataset = MisreadBatches(self.texts[-2000:], self.processor, batch_tokens=3000, seed=seed, epoch=0)
-            batches = [dataset[i] for i in range(min(10, len(dataset)))]
+            misread = MisreadBatches(self.texts[-2000:], self.processor, batch_tokens=3000, seed=seed, epoch=0)
+            batches = [misread[i] for i in range(min(10, len(misread)))]
         elif self.dev:
             plan = plan_epoch([Source(self.dev)], batch_seconds=160, seed=seed, epoch=0)
-            batches = list(SpeechBatches(plan, self.processor, NO_AUGMENTATION, seed=seed, epoch=0))
+            speech = SpeechBatches(plan, self.processor, NO_AUGMENTATION, seed=seed, epoch=0)
+            batches = [speech[i] for i in range(len(speech))]
         else:
             return {}
         sums: dict[str, float] = {}
@@ -346,6 +450,18 @@ def _plain_wer(pairs: list[tuple[str, str]]) -> float:
 
     references, hypotheses = [plain(r) for r, _ in pairs], [plain(h) for _, h in pairs]
     return float(jiwer.wer(references, hypotheses))
+
+
+def _frozen_values(model: torch.nn.Module) -> dict[str, Tensor]:
+    """Copies of the weights without gradient, and of the buffers of parts that hold no trained weight."""
+    named = model.named_parameters(remove_duplicate=False)  # a tied weight by each of its names
+    kept = {name: p.detach().clone() for name, p in named if not p.requires_grad}
+    stored = model.state_dict()
+    for part_name, part in model.named_children():
+        if not any(parameter.requires_grad for parameter in part.parameters()):
+            names = (f"{part_name}.{name}" for name, _ in part.named_buffers())
+            kept |= {name: stored[name].clone() for name in names if name in stored}
+    return kept
 
 
 def _one_thread(worker: int) -> None:

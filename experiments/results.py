@@ -1,0 +1,198 @@
+"""Evaluate a model on test sets, beside faster-whisper on the same audio, and write docs/results.md and .json.
+
+    python experiments/results.py --speech SPEECH --synthetic MANIFEST --peer tiny.en=FOLDER --peer base=FOLDER
+
+Words are counted on each whole set at batch 8. Times are taken on utterances spread evenly over one set, at batch 1
+and 8, every system in turn, several rounds; medians and ranges are given.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from lhotse.cut import Cut
+
+from leapasr.data.manifests import read_manifest, spread
+from leapasr.decoding import DecodingOptions
+from leapasr.evaluation.evaluate import NORMALIZER, PLAIN, Report, Strategy, evaluate
+from leapasr.evaluation.scoring import count_errors, word_error_rate, word_error_rate_difference
+from leapasr.transcriber import Transcriber, load
+
+STRATEGIES: tuple[Strategy, ...] = (
+    "ctc",
+    DecodingOptions(strategy="autoregressive"),
+    DecodingOptions(strategy="verify"),
+    *(DecodingOptions(strategy="threshold", threshold=threshold) for threshold in (0.9, 0.7, 0.5)),
+)
+TEST_SETS = {
+    "librispeech/test (official test-clean)": "librispeech",
+    "commonvoice_en/test": "commonvoice_en",
+    "an4/test": "an4",
+}
+
+
+@dataclass(frozen=True)
+class PeerResult:
+    """What another system wrote for a set, and the seconds that it took."""
+
+    hypotheses: list[str]
+    seconds: float
+
+
+class Whisper:
+    """A faster-whisper model, int8, greedy, one utterance at a time; it does not use its own fallback temperatures."""
+
+    def __init__(self, name: str, folder: str):
+        from faster_whisper import WhisperModel
+
+        self.name = f"faster-whisper {name}"
+        self.model = WhisperModel(folder, device="cpu", compute_type="int8", cpu_threads=torch.get_num_threads())
+
+    def run(self, samples: Sequence) -> PeerResult:
+        start, hypotheses = time.perf_counter(), []
+        for audio in samples:
+            segments, _ = self.model.transcribe(
+                audio, language="en", beam_size=1, temperature=0.0, without_timestamps=True
+            )
+            hypotheses.append(" ".join(segment.text.strip() for segment in segments))
+        return PeerResult(hypotheses, time.perf_counter() - start)
+
+
+def label(report: Report) -> str:
+    """Strategy and threshold of a report."""
+    return report.strategy if report.threshold is None else f"{report.strategy} {report.threshold:g}"
+
+
+def percent(value: float) -> str:
+    return f"{100 * value:.2f}"
+
+
+def references(cuts: Sequence[Cut]) -> list[str]:
+    return [" ".join(supervision.text for supervision in cut.supervisions) for cut in cuts]
+
+
+def accuracy_table(reports: Sequence[Report], peers: dict[str, list[str]], compared: Sequence[int]) -> list[str]:
+    """Markdown of one test set; `peers` wrote the utterances `compared`, on which their paired difference is."""
+    lines = [
+        "| system | WER % (95% interval) | plain WER % | calls | tokens per call | call reduction | same tokens % |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for report in reports:
+        lines.append(
+            f"| {label(report)} | {percent(report.wer)} ({percent(report.wer_low)} to {percent(report.wer_high)}) "
+            f"| {percent(report.wer_plain)} | {report.decoder_calls} | {report.tokens_per_call or 0:.2f} "
+            f"| {report.call_reduction or 0:.2f} | {percent(report.identical_to_autoregressive)} |"
+        )
+    if peers:
+        autoregressive = next(report for report in reports if report.strategy == "autoregressive")
+        chosen = [autoregressive.utterances[index] for index in compared]
+        truth = [utterance.reference for utterance in chosen]
+        ours = count_errors(truth, [utterance.hypothesis for utterance in chosen], NORMALIZER)
+        rate = word_error_rate(ours)
+        ours_rate = f"{percent(rate.value)} ({percent(rate.low)} to {percent(rate.high)})"
+        lines += [
+            "",
+            f"On {len(chosen)} of these utterances, spread evenly:",
+            "",
+            "| system | WER % (95% interval) | plain WER % | autoregressive leapasr minus it |",
+            "| --- | --- | --- | --- |",
+            f"| leapasr, autoregressive | {ours_rate} | | |",
+        ]
+        for name, hypotheses in peers.items():
+            errors = count_errors(truth, hypotheses, NORMALIZER)
+            rate, plain = word_error_rate(errors), count_errors(truth, hypotheses, PLAIN).rate
+            more = word_error_rate_difference(errors, ours)
+            lines.append(
+                f"| {name}, int8, greedy | {percent(rate.value)} ({percent(rate.low)} to {percent(rate.high)}) "
+                f"| {percent(plain)} | {percent(more.value)} ({percent(more.low)} to {percent(more.high)}) |"
+            )
+    return lines
+
+
+def measure_times(
+    transcriber: Transcriber, cuts: Sequence[Cut], peers: Sequence[Whisper], *, rounds: int
+) -> dict[str, list[float]]:
+    """Seconds of every system on `cuts`, a list of `rounds` values each, the systems taking turns."""
+    samples = [cut.load_audio()[0] for cut in cuts]
+    seconds: dict[str, list[float]] = {}
+    for _ in range(rounds):
+        for batch_size in (1, 8):
+            for report in evaluate(transcriber, cuts, STRATEGIES, batch_size=batch_size):
+                seconds.setdefault(f"leapasr {label(report)}, batch {batch_size}", []).append(report.seconds)
+        for peer in peers:
+            seconds.setdefault(f"{peer.name} int8 greedy, batch 1", []).append(peer.run(samples).seconds)
+    return seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="folder or hub name; the shipped model without it")
+    parser.add_argument("--speech", type=Path, required=True, help="folder with librispeech, commonvoice_en and an4")
+    parser.add_argument("--synthetic", type=Path, help="manifest of synthetic speech that was not trained on")
+    parser.add_argument("--peer", action="append", default=[], help="NAME=FOLDER of a faster-whisper model")
+    parser.add_argument("--limit", type=int, help="so many utterances a set")
+    parser.add_argument("--peer-limit", type=int, default=300, help="so many utterances a set for the peers")
+    parser.add_argument("--timed", type=int, default=100, help="utterances of the first set that times are taken on")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--output", type=Path, default=Path("docs"))
+    arguments = parser.parse_args()
+
+    transcriber = load(arguments.model) if arguments.model else load()
+    peers = [Whisper(*peer.split("=", 1)) for peer in arguments.peer]
+    sets = {name: (arguments.speech / folder / "manifest.jsonl", "test") for name, folder in TEST_SETS.items()}
+    if arguments.synthetic:
+        sets["synthetic"] = (arguments.synthetic, None)
+    figures, page = [], [
+        "# Results",
+        "",
+        f"Words are compared after the {NORMALIZER.name} normaliser of Whisper; *plain* is lower case, letters and "
+        "apostrophes. What the figures mean: `leapasr.evaluation.evaluate`. All rows of a set are of one run, "
+        f"float32, {torch.get_num_threads()} CPU threads.",
+    ]  # fmt: skip
+    for name, (manifest, use) in sets.items():
+        cuts = list(read_manifest(manifest, use=use, limit=arguments.limit).cuts)
+        print(name, len(cuts), flush=True)
+        reports = evaluate(transcriber, cuts, STRATEGIES, batch_size=8, test_set=name)
+        compared = spread(list(range(len(cuts))), arguments.peer_limit)
+        samples = [cuts[index].load_audio()[0] for index in compared]
+        written = {peer.name: peer.run(samples).hypotheses for peer in peers}
+        hours = reports[0].audio_seconds / 3600
+        page += ["", f"## {name}: {len(cuts)} utterances, {hours:.2f} h", ""]
+        page += accuracy_table(reports, written, compared)
+        figures += [report.figures() for report in reports]
+        for peer_name, hypotheses in written.items():
+            truth = references([cuts[index] for index in compared])
+            rate = word_error_rate(count_errors(truth, hypotheses, NORMALIZER))
+            figures.append({"test_set": name, "system": peer_name, "num_utterances": len(compared), **rate._asdict()})
+    first_manifest, first_use = next(iter(sets.values()))
+    timed = list(read_manifest(first_manifest, use=first_use, limit=arguments.timed).cuts)
+    audio_seconds = sum(cut.duration for cut in timed)
+    seconds = measure_times(transcriber, timed, peers, rounds=arguments.rounds)
+    page += [
+        "",
+        f"## Speed: {len(timed)} utterances of {next(iter(sets))}, {audio_seconds:.0f} s of audio",
+        "",
+        f"Features, encoder and decoding; {arguments.rounds} rounds, the systems taking turns in one process.",
+        "",
+        "| system | RTFx, median (range) |",
+        "| --- | --- |",
+    ]
+    for name, values in seconds.items():
+        rates = sorted(audio_seconds / value for value in values)
+        page.append(f"| {name} | {statistics.median(rates):.1f} ({rates[0]:.1f} to {rates[-1]:.1f}) |")
+        figures.append({"timing": name, "audio_seconds": audio_seconds, "seconds": values})
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    (arguments.output / "results.md").write_text("\n".join(page) + "\n")
+    (arguments.output / "results.json").write_text(json.dumps(figures, indent=1, default=asdict) + "\n")
+    print("\n".join(page))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+"""Transcription: what is said in a recording, segment by segment, and the times of words.
+
+Shapes: T CTC frames, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+from torch import Tensor
+
+from leapasr.decoding.ctc import align_ctc
+from leapasr.decoding.options import Truncation
+from leapasr.decoding.trace import TokenRecord
+from leapasr.model.processing import SpeechLlamaProcessor
+
+WORD_STARTS = ("▁", "Ġ")  # what tokenizers put before a word: SentencePiece's and byte-level BPE's
+
+
+@dataclass(frozen=True)
+class Word:
+    """A word with its punctuation, and where the CTC head hears it: seconds from the recording's start."""
+
+    text: str
+    start: float
+    end: float
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A stretch of a recording and what is said there.
+
+    Attributes:
+        start, end: seconds from the recording's start.
+        text: as the model writes it.
+        tokens: its ids, without end-of-text.
+        decoder_calls: decoder calls that it took, the prefill included.
+        truncated: None if the decoder ended the text, else ``length`` or ``repetition``.
+        trace: a record of each token that was emitted, end-of-text included; see `leapasr.decoding.trace`.
+        words: with times; empty unless they were asked for, or where the text is too long for the audio to hold it.
+    """
+
+    start: float
+    end: float
+    text: str
+    tokens: list[int]
+    decoder_calls: int
+    truncated: Truncation | None
+    trace: list[TokenRecord] = field(repr=False)
+    words: list[Word] = field(default_factory=list, repr=False)
+
+
+@dataclass(frozen=True)
+class Transcription:
+    """The text of a recording.
+
+    Attributes:
+        segments: in order; silence has none.
+        audio_seconds: the recording's length.
+        encoder_seconds, decoder_seconds: computing time, of features and encoder and of decoding; a batch's time is
+            split over its rows by their lengths.
+    """
+
+    segments: list[Segment]
+    audio_seconds: float
+    encoder_seconds: float
+    decoder_seconds: float
+
+    @property
+    def text(self) -> str:
+        return " ".join(segment.text for segment in self.segments if segment.text)
+
+    @property
+    def tokens(self) -> list[int]:
+        """Token ids of all segments, without end-of-text."""
+        return [token for segment in self.segments for token in segment.tokens]
+
+    @property
+    def decoder_calls(self) -> int:
+        return sum(segment.decoder_calls for segment in self.segments)
+
+    @property
+    def num_tokens(self) -> int:
+        """Emitted tokens, each segment's end-of-text included: the calls of autoregressive decoding."""
+        return sum(len(segment.trace) for segment in self.segments)
+
+    @property
+    def truncated(self) -> list[Truncation]:
+        """Why segments were cut short; empty if none was."""
+        return [segment.truncated for segment in self.segments if segment.truncated]
+
+    @property
+    def trace(self) -> list[list[TokenRecord]]:
+        """The trace of each segment."""
+        return [segment.trace for segment in self.segments]
+
+
+def word_spans(pieces: Sequence[str]) -> list[tuple[int, int]]:
+    """(first, behind the last) piece of each word; a piece that begins with one of `WORD_STARTS` begins a word."""
+    starts = [index for index, piece in enumerate(pieces) if not index or piece.startswith(WORD_STARTS)]
+    return list(pairwise([*starts, len(pieces)]))
+
+
+def timed_words(
+    tokens: Sequence[int],
+    processor: SpeechLlamaProcessor,
+    ctc_log_probs_TV: Tensor,
+    *,
+    frame_rate: float,
+    blank: int,
+    start: float,
+    end: float,
+) -> list[Word]:
+    """The words of `tokens`, each from the first to the last frame in which CTC hears it.
+
+    Args:
+        tokens: ids of a text, without end-of-text.
+        processor: of the model.
+        ctc_log_probs_TV: CTC log-probabilities (T, V) of the audio, `frame_rate` frames a second.
+        blank: id of the CTC blank.
+        start, end: where the audio lies in its recording, in seconds.
+
+    Returns:
+        the words in order; none where the frames are too few for the tokens.
+    """
+    spans = align_ctc(ctc_log_probs_TV, tokens, blank=blank)
+    if spans is None:
+        return []
+    words = []
+    for first, stop in word_spans(processor.tokenizer.convert_ids_to_tokens(list(tokens))):
+        text = processor.decode_text(tokens[first:stop])
+        if text:
+            begins, ends = spans[first][0] / frame_rate, spans[stop - 1][1] / frame_rate
+            words.append(Word(text, min(start + begins, end), min(start + ends, end)))
+    return words

@@ -1,0 +1,146 @@
+import pytest
+import torch
+from conftest import BOS, PAD, VOCAB_SIZE, tiny_config
+
+from leapasr.decoding.ctc import greedy_ctc
+from leapasr.model.adapter import LOOKAHEAD_SIZE, Adapter, SpeechProjection, neighbouring_readings, stack_frames
+
+
+def readings_around(ids, offsets, blank):
+    """For each frame the frames at which the tokens around its own begin, None where there is none: read as a person
+    would."""
+    runs, run_of_frame = [], []
+    for frame, token in enumerate(ids):
+        if token != blank and (frame == 0 or ids[frame - 1] != token):
+            runs.append(frame)
+        run_of_frame.append(len(runs) - 1)
+    return [
+        [runs[run + offset] if token != blank and 0 <= run + offset < len(runs) else None for offset in offsets]
+        for run, token in zip(run_of_frame, ids, strict=True)
+    ]
+
+
+def projection(config, dtype=torch.float64):
+    torch.manual_seed(0)
+    return SpeechProjection(config).to(dtype).requires_grad_(False)
+
+
+def test_neighbouring_readings_against_a_loop():
+    generator = torch.Generator().manual_seed(0)
+    offsets = [-1, 1, 2, 5]
+    for size in (1, 2, 3, 40):
+        for vocabulary in (2, 3, 6):  # with few tokens, runs and repetitions across blanks are common
+            ids = torch.randint(0, vocabulary, (50, size), generator=generator)
+            for blank in range(vocabulary):
+                found, exists = neighbouring_readings(ids, offsets, blank=blank)
+                for row, places, there in zip(ids.tolist(), found.tolist(), exists.tolist(), strict=True):
+                    expected = readings_around(row, offsets, blank)
+                    assert there == [[place is not None for place in frame] for frame in expected]
+                    assert places == [[place or 0 for place in frame] for frame in expected]
+
+
+def test_neighbouring_readings_name_the_tokens_that_ctc_reads():
+    ids = torch.randint(0, 4, (1, 60), generator=torch.Generator().manual_seed(3))
+    logits = torch.nn.functional.one_hot(ids, 4).float()
+    (read,) = greedy_ctc(logits, torch.tensor([60]), blank=0)
+    around, exists = neighbouring_readings(ids, [-1, 1], blank=0)
+    begins = [t for t in range(60) if ids[0, t] != 0 and (t == 0 or ids[0, t] != ids[0, t - 1])]
+    assert [int(ids[0, around[0, t, 0]]) for t in begins[1:]] == read[:-1]
+    assert [int(ids[0, around[0, t, 1]]) for t in begins[:-1]] == read[1:]
+    assert not exists[0, begins[0], 0]
+    assert not exists[0, begins[-1], 1]
+
+
+@pytest.mark.parametrize("factor", [1, 2, 3])
+def test_stacking_joins_neighbours_and_counts_padding_as_zeros(factor):
+    frames = torch.randn(3, 7, 2, generator=torch.Generator().manual_seed(0))
+    lengths = torch.tensor([7, 4, 1])
+    stacked, stacked_lengths = stack_frames(frames, lengths, factor)
+    assert stacked.shape == (3, -(-7 // factor), 2 * factor)
+    assert stacked_lengths.tolist() == [-(-n // factor) for n in (7, 4, 1)]
+    for row, length in enumerate(lengths.tolist()):
+        for t in range(stacked.shape[1]):
+            for i in range(factor):
+                at = t * factor + i
+                expected = frames[row, at] if at < length else torch.zeros(2)
+                assert torch.equal(stacked[row, t, 2 * i : 2 * i + 2], expected)
+
+
+def test_rows_do_not_see_padding():
+    config = tiny_config(ctc_lookahead=2)
+    torch.manual_seed(1)
+    adapter, project = Adapter(config, 16).double().eval().requires_grad_(False), projection(config)
+    embeddings = torch.randn(VOCAB_SIZE, 32, dtype=torch.float64)
+    head = torch.randn(16, VOCAB_SIZE, dtype=torch.float64)
+    frames = torch.randn(4, 31, 16, dtype=torch.float64)  # what lies behind a row's end is not zero
+    lengths = torch.tensor([31, 20, 7, 1])
+
+    def speech(frames, lengths):
+        adapted, adapted_lengths = adapter(frames, lengths)
+        ctc_logits = adapted @ head
+        return project(adapted, adapted_lengths, ctc_logits, embeddings)
+
+    together, together_lengths = speech(frames, lengths)
+    assert together_lengths.tolist() == [8, 5, 2, 1]
+    for row, length in enumerate(lengths.tolist()):
+        alone, (size,) = speech(frames[row : row + 1, :length], lengths[row : row + 1])
+        assert size == together_lengths[row] == alone.shape[1]
+        torch.testing.assert_close(together[row, :size], alone[0])
+
+
+@pytest.mark.parametrize("stacking", [1, 2, 3])
+def test_what_ctc_reads_against_a_loop(stacking):
+    config = tiny_config(ctc_lookahead=2)
+    config.decoder_stacking = stacking
+    project = projection(config)
+    generator = torch.Generator().manual_seed(2)
+    embeddings = torch.randn(VOCAB_SIZE, 32, generator=generator, dtype=torch.float64)
+    logits = torch.randn(3, 11, VOCAB_SIZE, generator=generator, dtype=torch.float64) * 2
+    logits[..., 5:] -= 4  # few tokens: repetitions
+    logits[..., PAD] += 1  # and blanks
+    lengths = torch.tensor([11, 6, 1])
+    read = project.read_ctc(logits, lengths, embeddings)
+    assert read.shape == (3, -(-11 // stacking), 32)
+    for row, length in enumerate(lengths.tolist()):
+        posterior = logits[row, :length].float().softmax(-1).double()
+        best = posterior.argmax(-1).tolist()
+        assert length == 1 or {PAD} < set(best)
+        expected = [sum(posterior[t, v] * embeddings[v] for v in range(VOCAB_SIZE) if v != PAD) for t in range(length)]
+        around = readings_around(best, [-1, 1, 2], PAD)
+        together = []
+        for t in range(length):
+            before, *behind = around[t]
+            following = [
+                torch.zeros(LOOKAHEAD_SIZE) if place is None else project.following.weight @ expected[place]
+                for place in behind
+            ]
+            together.append(
+                expected[t]
+                + (0 if before is None else project.previous.weight @ expected[before])
+                + project.following_projection.weight @ torch.cat(following).double()
+            )
+        for u in range(read.shape[1]):
+            parts = together[u * stacking : (u + 1) * stacking]
+            torch.testing.assert_close(read[row, u], sum(parts, start=torch.zeros(32, dtype=torch.float64)))
+
+
+def test_only_ctc_in_prompt_reads_and_the_ctc_head_learns_from_its_own_loss_alone():
+    config = tiny_config()
+    generator = torch.Generator().manual_seed(4)
+    frames = torch.randn(1, 6, 16, generator=generator)
+    logits = torch.randn(1, 6, VOCAB_SIZE, generator=generator).requires_grad_()
+    embeddings = torch.randn(VOCAB_SIZE, 32, generator=generator).requires_grad_()
+    lengths = torch.tensor([6])
+    with_reading, _ = projection(config, torch.float32)(frames, lengths, logits, embeddings)
+    with_reading.sum().backward()
+    assert logits.grad is None
+    assert embeddings.grad.abs().sum(1)[BOS] > 0
+    assert embeddings.grad[PAD].eq(0).all()  # the blank reads as nothing
+
+    config.ctc_in_prompt, config.ctc_lookahead = False, 0
+    without = projection(config, torch.float32)
+    assert [name for name, _ in without.named_parameters()] == ["projection.weight", "projection.bias"]
+    plain, _ = without(frames, lengths, logits, embeddings)
+    assert torch.equal(plain, without.projection(frames.view(1, 3, 32)))
+    assert not torch.allclose(plain, with_reading)
+    assert without.read_tokens(embeddings, torch.zeros(1, VOCAB_SIZE)) is embeddings

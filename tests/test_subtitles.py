@@ -1,0 +1,87 @@
+import json
+
+import pytest
+
+from leapasr.decoding.trace import DraftToken, TokenRecord
+from leapasr.subtitles import HOLD_SECONDS, MAX_CUE_CHARACTERS, MAX_CUE_SECONDS, Cue, cues, render
+from leapasr.transcription import Segment, Transcription, Word, word_spans
+
+
+def transcription(*segments, audio_seconds=4000.0):
+    return Transcription(list(segments), audio_seconds, 0.1, 0.2)
+
+
+def segment(start, end, text, words=()):
+    trace = [TokenRecord(7, 0, "head2", 0.5, -0.1, DraftToken(3, 0.4, "head3"))]
+    return Segment(start, end, text, [7], 1, None, trace, list(words))
+
+
+def spoken(text, *, start=0.0, seconds=0.5):
+    """Words of `seconds` each, one after the other."""
+    return [
+        Word(word, start + index * seconds, start + (index + 1) * seconds) for index, word in enumerate(text.split())
+    ]
+
+
+def test_word_spans():
+    assert word_spans(["▁he", "llo", ",", "▁", "1", "2", "▁a"]) == [(0, 3), (3, 6), (6, 7)]
+    assert word_spans(["x", "y", "Ġz"]) == [(0, 2), (2, 3)]
+    assert word_spans([]) == []
+
+
+def test_sentences_become_cues():
+    words = spoken("Hello there. Who is it?", start=10.0)
+    found = cues(transcription(segment(10, 12.5, "Hello there. Who is it?", words)))
+    assert found == [Cue(10.0, 11.0, "Hello there."), Cue(11.0, 12.5 + HOLD_SECONDS, "Who is it?")]
+
+
+def test_pauses_and_limits_end_cues():
+    words = [*spoken("so it is"), *spoken("after all", start=4.0)]
+    assert [cue.text for cue in cues(transcription(segment(0, 5, "", words)))] == ["so it is", "after all"]
+    long = cues(transcription(segment(0, 40, "", spoken("antidisestablishment " * 40))))
+    assert all(len(cue.text) <= MAX_CUE_CHARACTERS for cue in long)
+    slow = cues(transcription(segment(0, 40, "", spoken("a " * 40, seconds=1.0))))
+    assert all(cue.end - cue.start <= MAX_CUE_SECONDS + HOLD_SECONDS for cue in slow)
+    assert " ".join(cue.text for cue in slow).split() == ["a"] * 40
+
+
+def test_a_cue_ends_with_the_recording():
+    assert cues(transcription(segment(0, 1, "", spoken("so it")), audio_seconds=1.1))[0].end == 1.1
+
+
+def test_segments_without_word_times_are_cues():
+    found = cues(transcription(segment(0, 1, "One."), segment(1, 2, ""), segment(2, 3661.5, "Two.")))
+    assert [(cue.start, cue.text) for cue in found] == [(0, "One."), (2, "Two.")]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("txt", "One. Two.\n"),
+        ("srt", "1\n00:00:00,000 --> 00:00:01,250\nOne.\n\n2\n00:00:02,000 --> 01:01:02,000\nTwo.\n"),
+        ("vtt", "WEBVTT\n\n00:00:00.000 --> 00:00:01.250\nOne.\n\n00:00:02.000 --> 01:01:02.000\nTwo.\n"),
+    ],
+)
+def test_written(name, expected):
+    said = transcription(segment(0, 0.75, "One."), segment(2, 3661.5, "Two."))
+    assert render(said, name, audio="a.wav") == expected
+
+
+@pytest.mark.parametrize(("name", "expected"), [("txt", "\n"), ("srt", ""), ("vtt", "WEBVTT\n")])
+def test_nothing_said(name, expected):
+    assert render(transcription(), name, audio="a.wav") == expected
+
+
+def test_json():
+    text = render(transcription(segment(0, 1, "One.", [Word("One.", 0.12345, 0.5)])), "json", audio="a.wav")
+    fields = json.loads(text)
+    assert (fields["audio"], fields["text"], fields["audio_seconds"]) == ("a.wav", "One.", 4000)
+    assert fields["decoder_calls"] == fields["num_tokens"] == 1
+    (only,) = fields["segments"]
+    assert only["words"] == [{"text": "One.", "start": 0.123, "end": 0.5}]
+    assert only["trace"][0]["source"] == "head2"
+
+
+def test_unknown_format():
+    with pytest.raises(ValueError, match="unknown format 'doc': choose one of txt, json, srt, vtt"):
+        render(transcription(), "doc", audio="a.wav")

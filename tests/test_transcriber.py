@@ -1,0 +1,310 @@
+import io
+import itertools
+import json
+import operator
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+import leapasr
+from leapasr.audio import SAMPLE_RATE, AudioError
+from leapasr.chunks import SHORTEST_SECONDS, by_length, cut_recording, windows
+from leapasr.decoding import DecodingOptions, decode
+from leapasr.decoding.ctc import align_ctc, greedy_ctc
+from leapasr.transcriber import MAX_TOKENS_AT_LEAST, MAX_TOKENS_PER_SECOND, load
+from leapasr.transcription import timed_words
+
+AUTOREGRESSIVE = DecodingOptions(strategy="autoregressive")
+
+
+def noise(seconds, seed=0):
+    return np.random.default_rng(seed).normal(0, 0.1, int(seconds * SAMPLE_RATE)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def transcriber(tiny_model_folder):
+    return load(tiny_model_folder, device="cpu")
+
+
+def test_greedy_ctc_merges_repetitions_and_stops_at_lengths():
+    frames = torch.tensor([[3, 3, 0, 3, 2, 2, 0], [0, 1, 1, 2, 0, 4, 4], [5, 5, 5, 5, 5, 5, 5]])
+    logits = torch.nn.functional.one_hot(frames, 6).float()
+    assert greedy_ctc(logits, torch.tensor([7, 4, 0]), blank=0) == [[3, 3, 2], [1, 2], []]
+    assert greedy_ctc(logits, torch.tensor([7, 7, 7]), blank=5) == [[3, 0, 3, 2, 0], [0, 1, 2, 0, 4], []]
+
+
+def best_alignment(log_probs_TV, tokens, blank):
+    """Textbook oracle: the best of all labellings of the frames that read as `tokens`."""
+    T, V = log_probs_TV.shape
+    best = (-np.inf, None)
+    for labels in itertools.product(range(V), repeat=T):
+        read = [label for label, before in zip(labels, (blank, *labels), strict=False) if label not in (before, blank)]
+        if read == tokens:
+            best = max(best, (sum(log_probs_TV[t, label] for t, label in enumerate(labels)), labels))
+    return best
+
+
+@pytest.mark.parametrize("tokens", [[1], [1, 2], [2, 2], [1, 2, 1], [2, 2, 1]])
+def test_ctc_alignment_is_the_best_of_all(tokens):
+    for seed in range(5):
+        log_probs = torch.randn(5, 3, generator=torch.Generator().manual_seed(seed)).log_softmax(-1)
+        score, labels = best_alignment(log_probs.numpy(), tokens, 0)
+        spans = align_ctc(log_probs, tokens, blank=0)
+        found = [0] * 5
+        for token, (start, end) in zip(tokens, spans, strict=True):
+            assert start < end
+            found[start:end] = [token] * (end - start)
+        assert tuple(found) == labels
+        assert sum(log_probs[t, label] for t, label in enumerate(found)) == pytest.approx(score, abs=1e-5)
+
+
+def test_tokens_that_do_not_fit_the_frames_have_no_alignment():
+    log_probs = torch.zeros(3, 4).log_softmax(-1)
+    assert align_ctc(log_probs, [1, 2, 3], blank=0) == [(0, 1), (1, 2), (2, 3)]
+    assert align_ctc(log_probs, [1, 1, 2], blank=0) is None
+    assert align_ctc(log_probs, [1, 2, 3, 1], blank=0) is None
+    assert align_ctc(log_probs, [], blank=0) == []
+
+
+def test_chunks_hold_all_that_is_not_silent():
+    samples = noise(5)
+    chunks = cut_recording("a", samples, max_seconds=1.28)
+    assert np.array_equal(np.concatenate([chunk.samples for chunk in chunks]), samples)
+    assert all(chunk.seconds <= 1.28 for chunk in chunks)
+    assert [chunk.start for chunk in chunks[1:]] == [chunk.end for chunk in chunks[:-1]]
+    samples[: 2 * SAMPLE_RATE] = 0
+    heard = cut_recording("a", samples, max_seconds=1)
+    assert 1 <= heard[0].start <= 2 < heard[0].end
+    assert heard[-1].end == 5
+    too_short = noise(SHORTEST_SECONDS)[:-1]
+    assert cut_recording("a", too_short, max_seconds=1) == []
+
+
+def test_batches_and_windows_lose_nothing():
+    recordings = [(key, noise(0.5 + key / 10)) for key in range(7)]
+    chunks = [chunk for key, samples in recordings for chunk in cut_recording(key, samples, max_seconds=2)]
+    assert [[chunk.recording for chunk in batch] for batch in by_length(chunks, 3)] == [[6, 5, 4], [3, 2, 1], [0]]
+    assert [[key for key, _ in window] for window in windows(recordings, seconds=1.5)] == [[0, 1, 2], [3, 4], [5, 6]]
+
+
+def test_a_recording_as_path_bytes_and_samples(transcriber, tmp_path):
+    samples = noise(1)
+    soundfile.write(tmp_path / "a.wav", samples, SAMPLE_RATE, subtype="FLOAT")
+    expected = transcriber.transcribe(samples)
+    assert expected.tokens
+    for audio in (
+        tmp_path / "a.wav",
+        str(tmp_path / "a.wav"),
+        (tmp_path / "a.wav").read_bytes(),
+        samples.astype(float),
+    ):
+        assert transcriber.transcribe(audio).tokens == expected.tokens
+
+
+def test_what_a_transcription_says(transcriber, babble):
+    samples = babble(1, seed=5)
+    result = transcriber.transcribe(samples, AUTOREGRESSIVE)
+    (segment,) = result.segments
+    assert (segment.start, segment.end, result.audio_seconds) == (0, 1, 1)
+    assert result.text == segment.text == transcriber.processor.decode_text(segment.tokens)
+    assert result.tokens == segment.tokens == [record.token for record in segment.trace[: len(segment.tokens)]]
+    assert result.decoder_calls == result.num_tokens == len(result.trace[0])
+    assert result.encoder_seconds > 0
+    assert result.decoder_seconds > 0
+    fewer = transcriber.transcribe(samples)
+    assert fewer.tokens == result.tokens
+    assert fewer.num_tokens == result.num_tokens
+    assert fewer.decoder_calls < result.decoder_calls
+
+
+def test_a_batch_gives_what_each_recording_gives_alone(transcriber, babble):
+    recordings = [babble(seconds, seed) for seed, seconds in enumerate([0.3, 4.0, 0.05, 1.1, 2.7])]
+    together = transcriber.transcribe(recordings, batch_size=3, word_times=True)
+    for samples, result in zip(recordings, together, strict=True):
+        alone = transcriber.transcribe(samples, batch_size=1, word_times=True)
+        for one, other in zip(result.segments, alone.segments, strict=True):
+            fields = operator.attrgetter("start", "end", "tokens", "text", "decoder_calls", "truncated", "words")
+            assert fields(one) == fields(other)
+        assert result.audio_seconds == len(samples) / SAMPLE_RATE
+    assert len(together[1].segments) >= 4
+    assert together[1].segments[-1].end == 4.0
+
+
+def test_tokens_are_those_of_decode_on_the_models_own_calls(transcriber):
+    samples, model = noise(1), transcriber.model
+    inputs = transcriber.processor([samples])
+    with torch.no_grad():
+        encoding = model.encode(inputs["input_features"], inputs["feature_lengths"])
+        prompts = leapasr.decoding.Prompts(*model.prompt(encoding))
+    assert transcriber.transcribe(samples).tokens == decode(transcriber.decoder, prompts, AUTOREGRESSIVE)[0].tokens
+    blank = model.config.blank_token_id
+    (ctc,) = greedy_ctc(encoding.ctc_logits_BTV, encoding.ctc_lengths_B, blank=blank)
+    assert transcriber.ctc_text(samples) == transcriber.processor.decode_text(ctc) != ""
+
+
+@pytest.mark.parametrize("samples", [np.zeros(0), np.zeros(30_000), noise(0.01), noise(0.09), noise(3) * 1e-6])
+def test_silence_and_too_little_audio_give_no_text(transcriber, samples):
+    result = transcriber.transcribe(samples)
+    assert (result.text, result.segments, result.decoder_calls, result.num_tokens) == ("", [], 0, 0)
+    assert transcriber.ctc_text(samples) == ""
+
+
+def test_word_times(transcriber, babble):
+    options, samples = DecodingOptions(max_tokens=10), babble(4, seed=3)
+    result = transcriber.transcribe(samples, options, word_times=True)
+    assert not any(segment.words for segment in transcriber.transcribe(samples, options).segments)
+    said = [segment for segment in result.segments if segment.text]
+    assert len(said) == 3
+    for segment in said:
+        assert [word.text for word in segment.words] == segment.text.split()
+        times = [time for word in segment.words for time in (word.start, word.end)]
+        assert times == sorted(times)
+        assert segment.start <= times[0] < times[-1] <= segment.end
+
+
+def test_more_tokens_than_ctc_frames_have_no_word_times(transcriber):
+    tokens, log_probs_TV = list(range(4, 30)), torch.zeros(20, 48).log_softmax(-1)
+    place = {"frame_rate": 25.0, "blank": 0, "start": 0.0, "end": 0.8}
+    assert timed_words(tokens, transcriber.processor, log_probs_TV, **place) == []
+    assert timed_words(tokens[:20], transcriber.processor, log_probs_TV, **place) != []
+
+
+def test_no_recordings(transcriber):
+    assert transcriber.transcribe([]) == []
+
+
+def test_token_bound_follows_the_audio(transcriber):
+    chunks = transcriber.cut([(0, noise(1)), (1, noise(0.5))])
+    expected = [MAX_TOKENS_AT_LEAST + MAX_TOKENS_PER_SECOND * seconds for seconds in (1, 0.5)]
+    assert transcriber.encode(chunks).max_tokens == pytest.approx(expected, abs=1)
+    assert transcriber.max_seconds == 1.28
+
+
+def test_truncated_texts_say_so(transcriber):
+    result = transcriber.transcribe(noise(3), DecodingOptions(max_tokens=1))
+    assert result.truncated == ["length"] * len(result.segments)
+
+
+def test_bad_audio_among_good(transcriber, tmp_path):
+    (tmp_path / "empty.wav").touch()
+    sources = [tmp_path / "none.wav", noise(0.5), tmp_path / "empty.wav", noise(0.6)]
+    results = dict(transcriber.transcribe_each(sources))
+    assert sorted(results) == [0, 1, 2, 3]
+    assert "not found" in str(results[0])
+    assert "is empty" in str(results[2])
+    assert results[1].tokens
+    assert results[3].tokens
+    with pytest.raises(AudioError, match=r"none\.wav"):
+        transcriber.transcribe(sources)
+
+
+@pytest.mark.parametrize(
+    ("samples", "message"),
+    [
+        (np.zeros((2, 100)), r"float64 \(2, 100\): average channels"),
+        (np.zeros(100, dtype=np.int16), r"int16 \(100,\)"),
+        (np.array([0.0, np.nan, np.inf]), "2 of 3 samples are not finite"),
+        (b"", "0 bytes"),
+        (b"not audio", "cannot be read as audio"),
+    ],
+)
+def test_bad_audio(transcriber, samples, message):
+    with pytest.raises(AudioError, match=message):
+        transcriber.transcribe(samples)
+
+
+@pytest.mark.parametrize("batch_size", [0, -1])
+def test_bad_batch_size(transcriber, batch_size):
+    with pytest.raises(ValueError, match=f"batch_size must be at least 1, got {batch_size}"):
+        transcriber.transcribe(noise(1), batch_size=batch_size)
+
+
+def test_more_heads_than_the_model_has(transcriber):
+    with pytest.raises(ValueError, match="num_heads 5 asked for, but the model has 4"):
+        transcriber.transcribe(noise(1), DecodingOptions(num_heads=5))
+
+
+def test_bfloat16(tiny_model_folder):
+    transcriber = load(tiny_model_folder, device="cpu", dtype="bfloat16")
+    assert transcriber.model.dtype == torch.bfloat16
+    assert transcriber.transcribe(noise(1)).decoder_calls > 0
+
+
+def damaged(folder, tmp_path, change):
+    copy = tmp_path / "model"
+    shutil.copytree(folder, copy)
+    change(copy)
+    return copy
+
+
+def write_config(**fields):
+    def change(folder):
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | fields))
+
+    return change
+
+
+def truncate(name, size):
+    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:size])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (write_config(model_type="whisper"), "model of type 'whisper', not 'speech_llama'"),
+        (write_config(adapter_size=32), "another architecture"),
+        (truncate("model.safetensors", 5000), "damaged or cut short"),
+        (truncate("model.safetensors", 0), "damaged or cut short"),
+        (truncate("config.json", 50), "not a valid JSON"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors"),
+        (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
+        (lambda folder: (folder / "tokenizer.json").unlink(), "no usable processor"),
+        (truncate("tokenizer.json", 50), "no usable processor"),
+    ],
+)
+def test_unusable_models(tiny_model_folder, tmp_path, change, message):
+    folder = damaged(tiny_model_folder, tmp_path, change)
+    with pytest.raises(ValueError, match=message) as caught:
+        load(folder, device="cpu")
+    assert str(folder) in str(caught.value)
+
+
+def test_models_that_are_not_there(tiny_model_folder, tmp_path):
+    with pytest.raises(ValueError, match=r"model folder not found: .*nowhere"):
+        load(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="is a file: give the model's folder"):
+        load(tiny_model_folder / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [({"dtype": "float8"}, "unknown dtype 'float8'"), ({"device": "warp"}, "device 'warp' cannot be used")],
+)
+def test_bad_device_and_dtype(tiny_model_folder, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        load(tiny_model_folder, **arguments)
+
+
+def test_importing_the_package_is_cheap():
+    code = "import sys, leapasr; assert leapasr.__version__; print([m for m in ('torch', 'numpy') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_public_names():
+    for name in leapasr.__all__:
+        assert getattr(leapasr, name)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = leapasr.nothing
+
+
+def test_file_objects_in_memory(transcriber):
+    file = io.BytesIO()
+    soundfile.write(file, noise(1), SAMPLE_RATE, format="flac")
+    assert transcriber.transcribe(file.getvalue()).tokens
