@@ -36,6 +36,7 @@ def tiny_config(
     max_position_embeddings: int = 256,
     vocab_size: int = VOCAB_SIZE,
     ctc_lookahead: int = 3,
+    ctc_positions: bool = False,
 ) -> SpeechLlamaConfig:
     """A configuration of some ten thousand parameters: 16 wide encoder, two LLaMA layers of 32, four heads."""
     encoder = WhisperConfig(
@@ -67,6 +68,7 @@ def tiny_config(
         adapter_ffn_size=32,
         num_heads=num_heads,
         ctc_lookahead=ctc_lookahead,
+        ctc_positions=ctc_positions,
         head_type=head_type,
     )
 

@@ -67,7 +67,7 @@ def test_stacking_joins_neighbours_and_counts_padding_as_zeros(factor):
 
 
 def test_rows_do_not_see_padding():
-    config = tiny_config(ctc_lookahead=2)
+    config = tiny_config(ctc_lookahead=2, ctc_positions=True)
     torch.manual_seed(1)
     adapter, project = Adapter(config, 16).double().eval().requires_grad_(False), projection(config)
     embeddings = torch.randn(VOCAB_SIZE, 32, dtype=torch.float64)
@@ -80,10 +80,11 @@ def test_rows_do_not_see_padding():
         ctc_logits = adapted @ head
         return project(adapted, adapted_lengths, ctc_logits, embeddings)
 
-    together, together_lengths = speech(frames, lengths)
+    together, together_lengths, together_positions = speech(frames, lengths)
     assert together_lengths.tolist() == [8, 5, 2, 1]
     for row, length in enumerate(lengths.tolist()):
-        alone, (size,) = speech(frames[row : row + 1, :length], lengths[row : row + 1])
+        alone, (size,), positions = speech(frames[row : row + 1, :length], lengths[row : row + 1])
+        assert torch.equal(together_positions[row, :size], positions[0])
         assert size == together_lengths[row] == alone.shape[1]
         torch.testing.assert_close(together[row, :size], alone[0])
 
@@ -131,16 +132,40 @@ def test_only_ctc_in_prompt_reads_and_the_ctc_head_learns_from_its_own_loss_alon
     logits = torch.randn(1, 6, VOCAB_SIZE, generator=generator).requires_grad_()
     embeddings = torch.randn(VOCAB_SIZE, 32, generator=generator).requires_grad_()
     lengths = torch.tensor([6])
-    with_reading, _ = projection(config, torch.float32)(frames, lengths, logits, embeddings)
+    with_reading, _, _ = projection(config, torch.float32)(frames, lengths, logits, embeddings)
     with_reading.sum().backward()
     assert logits.grad is None
     assert embeddings.grad.abs().sum(1)[BOS] > 0
     assert embeddings.grad[PAD].eq(0).all()  # the blank reads as nothing
 
-    config.ctc_in_prompt, config.ctc_lookahead = False, 0
+    config.ctc_in_prompt, config.ctc_lookahead, config.ctc_positions = False, 0, False
     without = projection(config, torch.float32)
     assert [name for name, _ in without.named_parameters()] == ["projection.weight", "projection.bias"]
-    plain, _ = without(frames, lengths, logits, embeddings)
+    plain, _, _ = without(frames, lengths, logits, embeddings)
     assert torch.equal(plain, without.projection(frames.view(1, 3, 32)))
     assert not torch.allclose(plain, with_reading)
     assert without.read_tokens(embeddings, torch.zeros(1, VOCAB_SIZE)) is embeddings
+
+
+@pytest.mark.parametrize("stacking", [1, 2, 3])
+def test_positions_count_the_tokens_that_ctc_has_begun(stacking):
+    config = tiny_config(ctc_positions=True)
+    config.decoder_stacking = stacking
+    ids = torch.randint(0, 4, (3, 13), generator=torch.Generator().manual_seed(5))
+    lengths = torch.tensor([13, 8, 2])
+    inputs = (
+        torch.zeros(3, 13, 16, dtype=torch.float64),
+        lengths,
+        torch.nn.functional.one_hot(ids, VOCAB_SIZE).double(),
+        torch.zeros(VOCAB_SIZE, 32, dtype=torch.float64),
+    )
+    _, places, positions = projection(config)(*inputs)
+    for row, length in enumerate(lengths.tolist()):
+        for place in range(int(places[row])):
+            heard = ids[row : row + 1, : min(length, (place + 1) * stacking)]
+            logits = torch.nn.functional.one_hot(heard, 4).float()
+            (begun,) = greedy_ctc(logits, torch.tensor([heard.shape[1]]), blank=0)
+            assert positions[row, place] == places[row] + max(0, len(begun) - 1)
+    config.ctc_positions = False
+    _, _, plain = projection(config)(*inputs)
+    assert plain.tolist() == [list(range(-(-13 // stacking)))] * 3

@@ -50,8 +50,8 @@ def test_an_epoch_holds_each_source_as_often_as_its_weight_says():
 
 
 def test_weights_above_one_add_a_part():
-    counts = Counter(original_ids(planned([Source(cuts("a", 40), 1.25)])))
-    assert Counter(counts.values()) == {1: 30, 2: 10}
+    counts = Counter(original_ids(planned([Source(cuts("a", 40), 1.75)])))
+    assert Counter(counts.values()) == {1: 10, 2: 30}
 
 
 def test_batches_are_within_their_seconds_and_of_like_length():

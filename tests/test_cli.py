@@ -110,17 +110,17 @@ def test_strategies(run, transcriber, recordings, arguments, options):
 
 
 def test_word_times_in_json_and_subtitles(run, recordings):
-    (words, *_) = [
-        segment["words"]
-        for segment in json.loads(run("transcribe", recordings / "a.flac", "--format", "json").stdout)["segments"]
-        if segment["words"]
-    ]
-    assert 0 <= words[0]["start"] < words[0]["end"] <= 2.5
+    segments = json.loads(run("transcribe", recordings / "a.flac", "--format", "json").stdout)["segments"]
+    words = [word for segment in segments for word in segment["words"]]
+    assert words
+    assert all(0 <= word["start"] < word["end"] <= 2.5 for word in words)
+    first = segments[0]["words"][0] if segments[0]["words"] else segments[0]
     srt = run("transcribe", recordings / "a.flac", "--format", "srt").stdout
     number, times, text, *_ = srt.splitlines()
-    assert (number, text) == ("1", words[0]["text"])
+    assert number == "1"
+    assert first["text"].startswith(text)
     assert re.fullmatch(r"00:00:0\d,\d{3} --> 00:00:0\d,\d{3}", times)
-    assert times.startswith(f"00:00:{words[0]['start']:06.3f}".replace(".", ","))
+    assert times.startswith(f"00:00:{first['start']:06.3f}".replace(".", ","))
     vtt = run("transcribe", recordings / "a.flac", "--format", "vtt").stdout
     assert vtt.startswith("WEBVTT\n\n" + times.replace(",", ".") + "\n")
 

@@ -27,18 +27,32 @@ MAX_TOKENS = 30
 
 
 def make_prompts(num_rows: int, seed: int = 0, *, dtype: torch.dtype = torch.float64) -> Prompts:
-    """Random prompts of uneven length, with large values where nothing may look."""
+    """Random prompts of uneven length, not at consecutive positions, with large values where nothing may look."""
     generator = torch.Generator().manual_seed(seed)
     lengths_B = torch.randint(1, 12, (num_rows,), generator=generator)
     embeddings_BLD = torch.randn(num_rows, int(lengths_B.max()), 32, generator=generator, dtype=torch.float64)
-    for embeddings_LD, length in zip(embeddings_BLD, lengths_B, strict=True):
+    positions_BL = torch.randint(0, 30, embeddings_BLD.shape[:2], generator=generator)
+    for embeddings_LD, positions_L, length in zip(embeddings_BLD, positions_BL, lengths_B, strict=True):
         embeddings_LD[length:] = 100.0
-    return Prompts(embeddings_BLD.to(dtype), lengths_B)
+        positions_L[length - 1] = length - 1
+    return Prompts(embeddings_BLD.to(dtype), lengths_B, positions_BL)
+
+
+def full_hidden(decoder, prompts: Prompts, row: int, tokens: Sequence[int]) -> torch.Tensor:
+    """Hidden states (L, D) of a row's prompt and the tokens behind it."""
+    length = int(prompts.lengths_B[row])
+    text = decoder.embed(torch.tensor([list(tokens)], dtype=torch.long))[0]
+    return full_forward(
+        decoder, torch.cat([prompts.embeddings_BLD[row, :length], text]), prompts.positions_BL[row, :length]
+    )
 
 
 def take(prompts: Prompts, rows: Sequence[int]) -> Prompts:
     rows = list(rows)
-    return Prompts(prompts.embeddings_BLD[rows, : int(prompts.lengths_B[rows].max())], prompts.lengths_B[rows])
+    longest = int(prompts.lengths_B[rows].max())
+    return Prompts(
+        prompts.embeddings_BLD[rows, :longest], prompts.lengths_B[rows], prompts.positions_BL[rows, :longest]
+    )
 
 
 class ScriptedDrafter:
@@ -189,11 +203,10 @@ def test_heads_guess_from_the_last_accepted_position(build_tiny_model, head_type
     decode(decoder, prompts, VERIFY, max_tokens=[MAX_TOKENS] * 6, drafters=drafters)
     assert sum(len(drafter.seen) for drafter in drafters) > 15
     for row, drafter in enumerate(drafters):
-        prompt_LD = prompts.embeddings_BLD[row, : prompts.lengths_B[row]]
         assert drafter.seen.pop(0) == []
         for num_emitted, guesses in drafter.seen.items():
             tokens = torch.tensor([drafter.script[:num_emitted]])
-            hidden_LD = full_forward(decoder, torch.cat([prompt_LD, decoder.embed(tokens[:, :-1])[0]]))
+            hidden_LD = full_hidden(decoder, prompts, row, drafter.script[: num_emitted - 1])
             probabilities, ids = decoder.draft_logits(hidden_LD[-1:], tokens[0, -1:], 3).softmax(-1)[0].max(-1)
             assert [guess.token for guess in guesses] == ids.tolist()
             assert [guess.probability for guess in guesses] == pytest.approx(probabilities.tolist(), abs=1e-5)
@@ -210,10 +223,7 @@ def threshold_reference(decoder, prompts, threshold, options, max_tokens):
     for row, guards in enumerate(guard_rows(options, decoder, lengths, max_tokens)):
         tokens, blocks, ended = [], [], False
         while not ended:
-            prompt_LD = prompts.embeddings_BLD[row, : lengths[row]]
-            hidden_LD = full_forward(
-                decoder, torch.cat([prompt_LD, decoder.embed(torch.tensor([tokens], dtype=torch.long))[0]])
-            )
+            hidden_LD = full_hidden(decoder, prompts, row, tokens)
             block = [int(decoder.logits(hidden_LD[-1]).argmax())]
             guesses = decoder.draft_logits(hidden_LD[-1:], torch.tensor(block), decoder.num_heads - 1).softmax(-1)[0]
             for probability, token in zip(*guesses.max(-1), strict=True):
@@ -309,9 +319,14 @@ def test_no_rows_give_no_results(decoder):
 def generate(causal_lm, prompts: Prompts, max_new_tokens: int) -> list[list[int]]:
     """Greedy `generate` on each row alone; end-of-text cut."""
     rows = []
-    for embeddings_LD, length in zip(prompts.embeddings_BLD, prompts.lengths_B, strict=True):
+    for embeddings_LD, positions_L, length in zip(
+        prompts.embeddings_BLD, prompts.positions_BL, prompts.lengths_B, strict=True
+    ):
         generated = causal_lm.generate(
-            inputs_embeds=embeddings_LD[None, :length], do_sample=False, max_new_tokens=max_new_tokens
+            inputs_embeds=embeddings_LD[None, :length],
+            position_ids=positions_L[None, :length],
+            do_sample=False,
+            max_new_tokens=max_new_tokens,
         )[0].tolist()
         rows.append(generated[:-1] if generated[-1] == EOS else generated)
     return rows
@@ -427,11 +442,11 @@ def test_log_probabilities_are_head_ones(decoder, prompts, references):
 @pytest.mark.parametrize("kind", ["right", "wrong"])
 @pytest.mark.parametrize("max_tokens", [1, 2, 5])
 def test_nothing_is_fed_or_emitted_beyond_the_bound(build_tiny_model, prompts, max_tokens, kind):
-    decoder = CountingDecoder(build_tiny_model())
-    references = decode_reference(decoder, prompts, VERIFY, max_tokens=[MAX_TOKENS] * 12)
+    decoder, options = CountingDecoder(build_tiny_model()), DecodingOptions(max_repeats=None)
+    references = decode_reference(decoder, prompts, options, max_tokens=[MAX_TOKENS] * 12)
     decoder.calls.clear()
     results = decode(
-        decoder, prompts, VERIFY, max_tokens=[max_tokens] * 12, drafters=scripted(references, kind, num_drafts=9)
+        decoder, prompts, options, max_tokens=[max_tokens] * 12, drafters=scripted(references, kind, num_drafts=9)
     )
     assert max(len(result.tokens) for result in results) == max_tokens
     for result, reference in zip(results, references, strict=True):

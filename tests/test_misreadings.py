@@ -91,6 +91,10 @@ def test_a_batch_depends_on_seed_epoch_and_index_alone(processor, texts):
         batch = MisreadBatches(texts, processor, batch_tokens=400, **{"seed": 1, "epoch": 0} | options)[index]
         return batch.read_ids, batch.read_weights, batch.text_ids
 
+    alone = [
+        MisreadBatches([TEXT], processor, batch_tokens=400, seed=1, epoch=epoch)[0].read_weights for epoch in (0, 1)
+    ]
+    assert alone[0].shape != alone[1].shape or not torch.equal(*alone)  # one text is read otherwise each time
     one = made(3)
     made(2)
     assert all(torch.equal(a, b) for a, b in zip(one, made(3), strict=True))

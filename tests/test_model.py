@@ -21,6 +21,7 @@ from transformers import (
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from leapasr.config import ModelPreset
+from leapasr.decoding import DecodingOptions, Prompts, SpeechLlamaDecoder, decode
 from leapasr.model.building import build_model, build_processor, padding_token
 from leapasr.model.checkpoints import CheckpointError
 from leapasr.model.configuration import HEAD_TYPES, SpeechLlamaConfig
@@ -158,7 +159,8 @@ def test_a_text_shorter_than_the_heads_reach(head_type):
 
 def test_a_position_sees_neither_later_tokens_nor_other_rows():
     torch.manual_seed(0)
-    model = scattered(SpeechLlamaForConditionalGeneration(tiny_config(head_type="sequential"))).double().eval()
+    model = scattered(SpeechLlamaForConditionalGeneration(tiny_config(head_type="sequential", ctc_positions=True)))
+    model = model.double().eval()
     features, lengths, text = inputs(model, num_rows=4, dtype=torch.float64)
     heads, ctc = logits_of(model, (features, lengths, text))
     changed = text.clone()
@@ -275,7 +277,7 @@ def test_a_pretrained_decoder_reads_as_before(tmp_path, tokenizer, name, head_ty
     assert type(model.decoder) is type(decoder)
     assert (model.config.blank_token_id, model.config.bos_token_id, model.config.eos_token_id) == (0, 1, 2)
     text = torch.randint(4, len(tokenizer), (2, 6))
-    no_prefix = torch.zeros(2, 0, 32), torch.zeros(2, dtype=torch.long)
+    no_prefix = torch.zeros(2, 0, 32), torch.zeros(2, dtype=torch.long), torch.zeros(2, 0, dtype=torch.long)
     with torch.no_grad():
         head_1, head_2, *_ = model.read_text(*no_prefix, text)
         begun = torch.cat([torch.ones(2, 1, dtype=torch.long), text], 1)
@@ -381,6 +383,9 @@ def test_low_rank_adapters_train_alone_and_are_merged_when_saved(tmp_path, token
     [
         ({"num_heads": 0}, "at least 1 .* got 0"),
         ({"weight_storage": "int4"}, "unknown weight_storage 'int4'"),
+        ({"ctc_lookahead": -1}, "ctc_lookahead must be 0 or more.* got -1"),
+        ({"ctc_lookahead": 1, "ctc_in_prompt": False}, "0 without ctc_in_prompt, got 1"),
+        ({"ctc_positions": True, "ctc_in_prompt": False}, "ctc_positions needs ctc_in_prompt"),
         ({"encoder_stacking": 0}, "stacking must be at least 1, got 0 and 2"),
         ({"adapter_size": 20, "adapter_attention_heads": 3}, "20 is not a multiple of .* 3"),
         ({"decoder_config": {"model_type": "nothing"}}, "unknown model type 'nothing'"),
@@ -393,15 +398,38 @@ def test_configurations_that_cannot_be(fields, message):
 
 def test_the_prompt_is_the_speech_then_begin_of_text():
     torch.manual_seed(0)
-    model = SpeechLlamaForConditionalGeneration(tiny_config()).eval()
+    model = SpeechLlamaForConditionalGeneration(tiny_config(ctc_positions=True)).eval()
     features, lengths, _ = inputs(model)
     with torch.no_grad():
         encoding = model.encode(features, lengths)
-        prompt, prompt_lengths = model.prompt(encoding)
+        prompt, prompt_lengths, positions = model.prompt(encoding)
     assert prompt_lengths.tolist() == [n + 1 for n in encoding.lengths_B.tolist()] == [13, 9]
     begin = model.get_input_embeddings().weight[BOS]
     for row, length in enumerate(prompt_lengths.tolist()):
         assert torch.equal(prompt[row, : length - 1], encoding.embeddings_BLD[row, : length - 1])
         assert torch.equal(prompt[row, length - 1], begin)
+        assert torch.equal(positions[row, : length - 1], encoding.positions_BL[row, : length - 1])
+        assert positions[row, length - 1 :].tolist() == list(range(length - 1, prompt.shape[1]))
     assert (model.config.blank_token_id, model.config.eos_token_id) == (PAD, EOS)
     assert model.ctc_frame_rate == 25
+
+
+@pytest.mark.parametrize("ctc_positions", [False, True])
+def test_decoding_reads_what_training_reads(ctc_positions):
+    """Tokens decoded step by step are those that the teacher-forced pass over them finds likeliest."""
+    torch.manual_seed(3)
+    model = SpeechLlamaForConditionalGeneration(tiny_config(ctc_positions=ctc_positions, num_heads=8))
+    model = scattered(model).double().eval()
+    features, lengths, _ = inputs(model)
+    with torch.no_grad():
+        encoding = model.encode(features.double(), lengths)
+        assert len(encoding.positions_BL[0].unique()) > 3
+        options = DecodingOptions(max_tokens=12, max_repeats=None)
+        decoded = decode(SpeechLlamaDecoder(model), Prompts(*model.prompt(encoding)), options)
+        text = torch.zeros(len(decoded), 12, dtype=torch.long)
+        for row, result in zip(text, decoded, strict=True):
+            row[: len(result.tokens)] = torch.tensor(result.tokens)
+        head_1, *_ = model.read_text(*encoding.prefix, text)
+    for logits, result in zip(head_1, decoded, strict=True):
+        assert len(result.tokens) > 3
+        assert logits.argmax(-1)[: len(result.tokens)].tolist() == result.tokens

@@ -55,6 +55,8 @@ def test_what_is_outside_the_alphabet_is_unknown(tokenizer):
     for text in ("¥", "naïve", "the cat: sat", "日本"):
         assert not is_known(text)
     assert is_known(tidy("naïve"))
+    foreign = train_tokenizer([*TEXTS, "日本 日本 日本"], vocab_size=100)  # not even if it was trained on it
+    assert foreign.unk_token_id in foreign("日本", add_special_tokens=False).input_ids
     assert is_known(tidy("the cat: sat"))
 
 

@@ -292,7 +292,9 @@ def test_a_damaged_checkpoint(interrupted, manifest, processor):
     data = path.read_bytes()
     for damaged in (b"", b"{}", b"no checkpoint at all", data[:100], data[: len(data) // 2], data[:-1]):
         path.write_bytes(damaged)
-        with pytest.raises(TrainingError, match=r"checkpoint\.pt is damaged .*; delete it to train from the start"):
+        with pytest.raises(
+            TrainingError, match=r"checkpoint\.pt is damaged or cut short; delete it to train from the start"
+        ):
             make_trainer(interrupted, manifest, processor).run()
         assert path.read_bytes() == damaged
 
@@ -311,10 +313,14 @@ def test_a_full_disk_leaves_the_old_checkpoint(interrupted, manifest, processor,
 def test_a_checkpoint_replaces_another_whole(tmp_path):
     path = tmp_path / "checkpoint.pt"
     save_atomically({"update": 1}, path)
+    old = tmp_path / "old.pt"
+    os.link(path, old)
+    save_atomically({"update": 2}, path)
+    assert torch.load(old) == {"update": 1}  # replaced, never written into
     with pytest.raises((AttributeError, TypeError)):
-        save_atomically({"update": lambda: 2}, path)
-    assert torch.load(path) == {"update": 1}
-    assert [file.name for file in tmp_path.iterdir()] == ["checkpoint.pt"]
+        save_atomically({"update": lambda: 3}, path)
+    assert torch.load(path) == {"update": 2}
+    assert {file.name for file in tmp_path.iterdir()} == {"checkpoint.pt", "old.pt"}
 
 
 def test_no_data(tmp_path, manifest, processor):

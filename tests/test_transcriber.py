@@ -141,7 +141,8 @@ def test_tokens_are_those_of_decode_on_the_models_own_calls(transcriber):
     with torch.no_grad():
         encoding = model.encode(inputs["input_features"], inputs["feature_lengths"])
         prompts = leapasr.decoding.Prompts(*model.prompt(encoding))
-    assert transcriber.transcribe(samples).tokens == decode(transcriber.decoder, prompts, AUTOREGRESSIVE)[0].tokens
+    options = DecodingOptions(max_tokens=20)
+    assert transcriber.transcribe(samples, options).tokens == decode(transcriber.decoder, prompts, options)[0].tokens
     blank = model.config.blank_token_id
     (ctc,) = greedy_ctc(encoding.ctc_logits_BTV, encoding.ctc_lengths_B, blank=blank)
     assert transcriber.ctc_text(samples) == transcriber.processor.decode_text(ctc) != ""
@@ -159,7 +160,7 @@ def test_word_times(transcriber, babble):
     result = transcriber.transcribe(samples, options, word_times=True)
     assert not any(segment.words for segment in transcriber.transcribe(samples, options).segments)
     said = [segment for segment in result.segments if segment.text]
-    assert len(said) == 3
+    assert len(said) >= 3
     for segment in said:
         assert [word.text for word in segment.words] == segment.text.split()
         times = [time for word in segment.words for time in (word.start, word.end)]

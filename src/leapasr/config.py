@@ -148,7 +148,8 @@ def tiny(encoder: str | None = None) -> tuple[ModelPreset, tuple[Stage, ...]]:
         decoder=small_llama(1024, size=512, layers=4, ffn=1280, heads=8),
         vocab_size=1024,
         fields={
-            "adapter_size": 512, "adapter_layers": 2, "ctc_lookahead": 7, "num_heads": 8, "head_type": "latent",
+            "adapter_size": 512, "adapter_layers": 2, "ctc_lookahead": 7, "ctc_positions": True, "num_heads": 8,
+            "head_type": "latent",
         },
     )  # fmt: skip
     light = Augmentation(

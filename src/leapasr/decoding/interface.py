@@ -21,11 +21,15 @@ from leapasr.model.speech_llama import SpeechLlamaForConditionalGeneration
 class Prompts:
     """What rows begin with: embeddings_BLD (B, L, D), begin-of-text included, right-padded; lengths_B int64 (B,).
 
+    positions_BL int64 (B, L) says where each place lies for the decoder; None: one behind the other. Text goes on
+    behind the prompt's places, consecutively, whatever these say.
+
     A decoder with cross-attention takes a subclass that carries its encoder states too, and keeps them in its cache.
     """
 
     embeddings_BLD: Tensor
     lengths_B: Tensor
+    positions_BL: Tensor | None = None
 
 
 class Decoder(Protocol):

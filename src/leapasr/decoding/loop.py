@@ -26,7 +26,7 @@ from leapasr.decoding.interface import Decoder, Prompts
 from leapasr.decoding.options import DecodingOptions, DecodingResult, Truncation
 from leapasr.decoding.strategies import Strategy, build_strategy, matching_prefix
 from leapasr.decoding.trace import DraftToken, TokenRecord
-from leapasr.model.speech_llama import join_rows
+from leapasr.model.speech_llama import join_positions, join_rows
 
 MAX_VOCAB_SIZE = 2**24  # ids travel to the host as float32, which is exact up to here
 
@@ -207,6 +207,8 @@ class DecodingLoop:
                 embeddings_BWD = prompts.embeddings_BLD
 
         positions_BW, mask_B1WS = cache.plan(embeddings_BWD.shape[1], self.decoder.dtype)
+        if prompts is not None and prompts.positions_BL is not None:
+            positions_BW = join_positions(prompts.positions_BL, prompts.lengths_B, embeddings_BWD.shape[1])
         hidden_BWD = self.decoder.call(embeddings_BWD, positions_BW, mask_B1WS, cache)
         readings = self._read(hidden_BWD, num_known, drafts)
         for row, draft, reading in zip(rows, drafts, readings, strict=True):

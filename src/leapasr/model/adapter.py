@@ -65,6 +65,10 @@ class SpeechProjection(nn.Module):
     with one look, at the place where that token was read last, all that its K heads are to say; it would otherwise
     first have to learn to join neighbouring places. The posterior is detached: the CTC head learns from the CTC
     loss alone.
+
+    With `ctc_positions` the prompt's positions count CTC's tokens, from the position of begin-of-text on: text and
+    prompt then share one axis, and as far as CTC has the right number of tokens the decoder finds what it is to
+    write next at its own position, however long the prompt.
     """
 
     def __init__(self, config: SpeechLlamaConfig):
@@ -72,6 +76,7 @@ class SpeechProjection(nn.Module):
         self.stacking = config.decoder_stacking
         self.ctc_in_prompt = config.ctc_in_prompt
         self.lookahead = config.ctc_lookahead
+        self.ctc_positions = config.ctc_positions
         self.blank = config.blank_token_id
         size = config.decoder_config.hidden_size
         self.projection = nn.Linear(config.adapter_size * self.stacking, size)
@@ -82,13 +87,29 @@ class SpeechProjection(nn.Module):
 
     def forward(
         self, frames_BTD: Tensor, lengths_B: Tensor, ctc_logits_BTV: Tensor, token_embeddings_VD: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Returns speech embeddings (B, ceil(T / stacking), D) and their lengths (B,)."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns speech embeddings (B, L, D), L = ceil(T / stacking), their lengths (B,) and positions (B, L)."""
         stacked, stacked_lengths_B = stack_frames(frames_BTD, lengths_B, self.stacking)
         embeddings = self.projection(stacked)
         if self.ctc_in_prompt:
             embeddings = embeddings + self.read_ctc(ctc_logits_BTV, lengths_B, token_embeddings_VD)
-        return embeddings, stacked_lengths_B
+        ids_BT = ctc_logits_BTV.argmax(-1)
+        ids_BT = ids_BT.masked_fill(~padding_mask(lengths_B, ids_BT.shape[1]), self.blank)
+        missing = -ids_BT.shape[1] % self.stacking
+        ids_BLS = nn.functional.pad(ids_BT, (0, missing), value=self.blank).unflatten(1, (-1, self.stacking))
+        return embeddings, stacked_lengths_B, self.positions(ids_BLS, stacked_lengths_B)
+
+    def positions(self, ids_BLS: Tensor, lengths_B: Tensor) -> Tensor:
+        """Positions of the prompt (B, L) in the decoder.
+
+        Args:
+            ids_BLS: best token of each of the S frames of each place (B, L, S). lengths_B: places of each row.
+        """
+        B, L, S = ids_BLS.shape
+        if not self.ctc_positions:
+            return torch.arange(L, device=ids_BLS.device).expand(B, L)
+        begun_BL = begins(ids_BLS.flatten(1), self.blank).cumsum(1).view(B, L, S)[..., -1]
+        return lengths_B[:, None] + (begun_BL - 1).clamp(min=0)
 
     def read_ctc(self, ctc_logits_BTV: Tensor, lengths_B: Tensor, token_embeddings_VD: Tensor) -> Tensor:
         """What CTC reads in every stacked frame (B, ceil(T / stacking), D), summed over its frames."""
@@ -121,6 +142,12 @@ class SpeechProjection(nn.Module):
         return result
 
 
+def begins(ids_BT: Tensor, blank: int) -> Tensor:
+    """Whether a token begins at a frame (B, T), by the collapsing rule of CTC; `ids_BT` has runs and blanks."""
+    before_BT = nn.functional.pad(ids_BT[:, :-1], (1, 0), value=blank)
+    return (ids_BT != blank) & (ids_BT != before_BT)
+
+
 def neighbouring_readings(ids_BT: Tensor, offsets: Sequence[int], *, blank: int) -> tuple[Tensor, Tensor]:
     """Where CTC's tokens around each frame begin, by its collapsing rule.
 
@@ -132,9 +159,7 @@ def neighbouring_readings(ids_BT: Tensor, offsets: Sequence[int], *, blank: int)
         (B, T, O) frame at which the run of that token begins, 0 where there is none; and (B, T, O) whether there is
         one: never at a blank.
     """
-    token_BT = ids_BT != blank
-    begins_BT = token_BT.clone()
-    begins_BT[:, 1:] &= ids_BT[:, 1:] != ids_BT[:, :-1]
+    token_BT, begins_BT = ids_BT != blank, begins(ids_BT, blank)
     run_BT = begins_BT.cumsum(1) - 1  # the run that a frame lies in, or that ended last
     frame_BT = torch.arange(ids_BT.shape[1], device=ids_BT.device).expand_as(ids_BT)
     last = ids_BT.shape[1]

@@ -33,6 +33,8 @@ class SpeechLlamaConfig(PreTrainedConfig):
         decoder_stacking: adapter frames stacked to one speech embedding (2: 12.5 a second).
         ctc_in_prompt: add the CTC posterior's expected token embedding to each speech embedding.
         ctc_lookahead: with it, also those of the so many tokens that CTC reads next; K − 1 serves K heads.
+        ctc_positions: with it, also count the decoder's positions in CTC's tokens: what CTC reads as token u lies at
+            the position from which the decoder writes token u. For decoders that are trained with it.
         num_heads: K, the tokens predicted per decoder call; head 1 is the decoder's own.
         head_type: architecture of heads 2..K: ``projection``, ``latent``, ``residual`` or ``sequential``.
         weight_storage: ``float`` or ``int8`` (matrices stored in 8 bits per output channel, widened at load).
@@ -58,6 +60,7 @@ class SpeechLlamaConfig(PreTrainedConfig):
         decoder_stacking: int = 2,
         ctc_in_prompt: bool = True,
         ctc_lookahead: int = 0,
+        ctc_positions: bool = False,
         num_heads: int = 4,
         head_type: str = "latent",
         weight_storage: str = "float",
@@ -76,6 +79,10 @@ class SpeechLlamaConfig(PreTrainedConfig):
                 f"ctc_lookahead must be 0 or more, and 0 without ctc_in_prompt, got {ctc_lookahead} "
                 f"with ctc_in_prompt={ctc_in_prompt}"
             )
+        if ctc_positions and not ctc_in_prompt:
+            raise ValueError(
+                "ctc_positions needs ctc_in_prompt: a prompt without CTC's tokens cannot be counted in them"
+            )
         if adapter_size % adapter_attention_heads:
             raise ValueError(
                 f"adapter_size {adapter_size} is not a multiple of adapter_attention_heads {adapter_attention_heads}"
@@ -90,6 +97,7 @@ class SpeechLlamaConfig(PreTrainedConfig):
         self.decoder_stacking = decoder_stacking
         self.ctc_in_prompt = ctc_in_prompt
         self.ctc_lookahead = ctc_lookahead
+        self.ctc_positions = ctc_positions
         self.num_heads = num_heads
         self.head_type = head_type
         self.weight_storage = weight_storage

@@ -34,13 +34,19 @@ class SpeechEncoding:
     """What the speech side gives for a batch.
 
     ctc_logits_BTV (B, T, V) at `model.ctc_frame_rate` frames a second with lengths ctc_lengths_B (B,);
-    embeddings_BLD (B, L, D) for the decoder's prompt with lengths lengths_B (B,).
+    embeddings_BLD (B, L, D) for the decoder's prompt with lengths lengths_B (B,) and positions positions_BL (B, L).
     """
 
     ctc_logits_BTV: Tensor
     ctc_lengths_B: Tensor
     embeddings_BLD: Tensor
     lengths_B: Tensor
+    positions_BL: Tensor
+
+    @property
+    def prefix(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The decoder's prompt without begin-of-text: embeddings, lengths, positions."""
+        return self.embeddings_BLD, self.lengths_B, self.positions_BL
 
 
 @dataclass
@@ -74,6 +80,18 @@ def join_rows(
     )
     both = torch.cat([first_BLD, second_BUD], 1)
     return both.gather(1, index_BP[..., None].expand(-1, -1, both.shape[-1])), index_BP
+
+
+def join_positions(positions_BL: Tensor, lengths_B: Tensor, size: int) -> Tensor:
+    """Positions (B, size) of joined rows: of the prefix as given, of what is behind it consecutive."""
+    place = torch.arange(size, device=lengths_B.device)[None]
+    longer = nn.functional.pad(positions_BL, (0, max(0, size - positions_BL.shape[1])))[:, :size]
+    return torch.where(place < lengths_B[:, None], longer, place)
+
+
+def causal_mask(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Additive mask (1, 1, size, size) that hides what lies behind."""
+    return torch.full((size, size), torch.finfo(dtype).min, dtype=dtype, device=device).triu(1)[None, None]
 
 
 class SpeechLlamaForConditionalGeneration(PreTrainedModel):
@@ -170,26 +188,33 @@ class SpeechLlamaForConditionalGeneration(PreTrainedModel):
         """The part behind the encoder: encoder frames (B, T, D) and lengths (B,) to a `SpeechEncoding`."""
         frames, ctc_lengths_B = self.adapter(frames_BTD, lengths_B)
         ctc_logits = self.ctc_head(frames)
-        embeddings, lengths_B = self.speech_projection(
+        embeddings, lengths_B, positions_BL = self.speech_projection(
             frames, ctc_lengths_B, ctc_logits, self.get_input_embeddings().weight
         )
-        return SpeechEncoding(ctc_logits, ctc_lengths_B, embeddings, lengths_B)
+        return SpeechEncoding(ctc_logits, ctc_lengths_B, embeddings, lengths_B, positions_BL)
 
-    def prompt(self, encoding: SpeechEncoding) -> tuple[Tensor, Tensor]:
-        """Prompt embeddings (B, L + 1, D), begin-of-text included, right-padded, and prompt lengths (B,)."""
+    def prompt(self, encoding: SpeechEncoding) -> tuple[Tensor, Tensor, Tensor]:
+        """Prompt embeddings (B, L + 1, D), begin-of-text included, right-padded, lengths (B,), positions (B, L + 1)."""
         B = len(encoding.lengths_B)
         begin = torch.full((B, 1), self.config.bos_token_id, device=encoding.lengths_B.device)
         prompt, _ = join_rows(encoding.embeddings_BLD, encoding.lengths_B, self.get_input_embeddings()(begin))
-        return prompt, encoding.lengths_B + 1
+        positions = join_positions(encoding.positions_BL, encoding.lengths_B, prompt.shape[1])
+        return prompt, encoding.lengths_B + 1, positions
 
     def read_text(
-        self, embeddings_BLD: Tensor, lengths_B: Tensor, text_BM: Tensor, *, num_heads: int | None = None
+        self,
+        embeddings_BLD: Tensor,
+        lengths_B: Tensor,
+        positions_BL: Tensor,
+        text_BM: Tensor,
+        *,
+        num_heads: int | None = None,
     ) -> list[Tensor]:
         """Teacher-forced logits of heads 1..K behind a prefix of embeddings.
 
         Args:
             embeddings_BLD: prefix (B, L, D), without begin-of-text.
-            lengths_B: valid prefix positions (B,).
+            lengths_B: valid places of the prefix (B,). positions_BL: where each lies for the decoder (B, L).
             text_BM: token ids (B, M), padded with any id behind each row's end.
             num_heads: 1 for head 1 alone; None for all K.
 
@@ -200,7 +225,13 @@ class SpeechLlamaForConditionalGeneration(PreTrainedModel):
         text_BUD = self.get_input_embeddings()(torch.cat([begin, text_BM], 1))
         size = embeddings_BLD.shape[1] + text_BUD.shape[1]  # not the longest row: shapes of few sizes are faster
         joined, _ = join_rows(embeddings_BLD, lengths_B, text_BUD.to(embeddings_BLD.dtype), size=size)
-        hidden = self.decoder.model(inputs_embeds=joined, use_cache=False).last_hidden_state
+        hidden = self.decoder.model(
+            inputs_embeds=joined,
+            position_ids=join_positions(positions_BL, lengths_B, size),
+            # given whole: from positions that are not consecutive transformers would make out several texts
+            attention_mask=causal_mask(size, joined.dtype, joined.device).expand(len(joined), 1, size, size),
+            use_cache=False,
+        ).last_hidden_state
         U = text_BUD.shape[1]
         index_BU = lengths_B[:, None] + torch.arange(U, device=lengths_B.device)[None]
         hidden_BUD = hidden.gather(1, index_BU[..., None].expand(-1, -1, hidden.shape[-1]))
@@ -219,4 +250,4 @@ class SpeechLlamaForConditionalGeneration(PreTrainedModel):
             text_ids: token ids (B, M) without begin- and end-of-text, padded with any id.
         """
         encoding = self.encode(input_features, feature_lengths)
-        return SpeechLlamaOutput(encoding, self.read_text(encoding.embeddings_BLD, encoding.lengths_B, text_ids))
+        return SpeechLlamaOutput(encoding, self.read_text(*encoding.prefix, text_ids))

@@ -80,7 +80,8 @@ class StageTask(torch.nn.Module):
             table = model.get_input_embeddings()
             read_BLD = table(batch.read_ids) * batch.read_weights[..., None].to(table.weight.dtype)
             read_BLD = model.speech_projection.read_tokens(read_BLD, batch.read_ids)
-            head_logits = model.read_text(read_BLD, batch.read_lengths, batch.text_ids)
+            positions_BL = model.speech_projection.positions(batch.read_ids[..., None], batch.read_lengths)
+            head_logits = model.read_text(read_BLD, batch.read_lengths, positions_BL, batch.text_ids)
         else:
             with torch.set_grad_enabled(torch.is_grad_enabled() and task != "heads"):
                 encoding = self.encode(batch)
@@ -95,7 +96,7 @@ class StageTask(torch.nn.Module):
                 figures["ctc"] = ctc.detach()
                 total = total + (1.0 if task == "ctc" else self.stage.ctc_weight) * ctc
             if task != "ctc":
-                head_logits = model.read_text(encoding.embeddings_BLD, encoding.lengths_B, batch.text_ids)
+                head_logits = model.read_text(*encoding.prefix, batch.text_ids)
         if head_logits is not None:
             loss, losses, accuracies = mtp_loss(
                 head_logits,
@@ -218,7 +219,9 @@ class Trainer:
         try:
             state = torch.load(self.checkpoint, map_location=self.accelerator.device, weights_only=True)
         except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            raise TrainingError(f"{self.checkpoint} is damaged ({error}); delete it to train from the start") from error
+            raise TrainingError(
+                f"{self.checkpoint} is damaged or cut short; delete it to train from the start"
+            ) from error
         names = [stage.name for stage in self.config.stages]
         if state.get("stages", names) != names:
             raise TrainingError(
