@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from leapasr.training.losses import IGNORED, ctc_loss, mtp_loss, shifted_labels
+from leapasr.training.losses import IGNORED, ctc_loss, mtp_loss, shifted_labels, with_slips
 
 EOS, VOCAB_SIZE = 2, 13
 
@@ -150,3 +150,15 @@ def test_losses_are_computed_in_float32():
     assert total.item() == wide.item()
     logits, *rest = ctc_batch([5, 3], [14, 11])
     assert ctc_loss(logits.bfloat16(), *rest, blank=0) == ctc_loss(logits.bfloat16().float(), *rest, blank=0)
+
+
+def test_slips_repeat_the_token_before_or_are_any_token():
+    torch.manual_seed(0)
+    text = torch.randint(10, 1000, (200, 50))
+    read = with_slips(text, 0.2, vocab_size=1000)
+    slipped = read != text
+    before = torch.cat([text[:, :1], text[:, :-1]], 1)
+    assert slipped[:, 1:].float().mean().item() == pytest.approx(0.2, abs=0.02)
+    assert (read == before)[slipped].float().mean().item() == pytest.approx(0.5, abs=0.05)
+    assert read[slipped & (read != before)].unique().numel() > 300
+    assert torch.equal(with_slips(text, 0.0, vocab_size=1000), text)

@@ -67,6 +67,14 @@ def test_own_manifest_of_another_rate_is_resampled(tmp_path, stated):
         assert np.median(loaded(cut)[:4_000]) == pytest.approx(0.1, abs=0.01)
 
 
+def test_a_line_that_states_another_rate_than_the_first_file(tmp_path):
+    write_tone(tmp_path / "audio/a.wav")
+    write_tone(tmp_path / "audio/b.wav", rate=8_000)
+    lines = [own_line("a", sampling_rate=SAMPLE_RATE), own_line("b", sampling_rate=8_000)]
+    for cut in read_manifest(write_lines(tmp_path / "m.jsonl", lines)).cuts:
+        assert loaded(cut)[[100, -100]] == pytest.approx([0.1, 0.2], abs=1e-2)
+
+
 @pytest.mark.parametrize("suffix", ["ogg", "flac"])
 def test_compressed_audio_loads(tmp_path, suffix):
     write_tone(tmp_path / f"audio/a.{suffix}")

@@ -112,6 +112,10 @@ def test_synthesis_writes_a_manifest_and_goes_on_where_it_stopped(tmp_path, monk
     assert sorted(line["text"] for line in lines) == sorted(TEXTS)  # none twice
     assert synthesize(TEXTS, tmp_path, hours=heard[-1] / 3600 / 2, **options) == manifest  # there already
     assert len(manifest.read_text().splitlines()) == 6
+    manifest.write_text(manifest.read_text()[:-30])  # killed while it wrote its last line
+    with pytest.raises(ValueError, match="the text is too short"):
+        synthesize(TEXTS, tmp_path, hours=5, **options)
+    assert [json.loads(line) for line in manifest.read_text().splitlines()] == lines
 
 
 def test_voices_and_their_shares():

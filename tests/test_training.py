@@ -34,9 +34,11 @@ from leapasr.training.trainer import Trainer, TrainingError, save_atomically
 TEXTS = ["the cat sat", "A dog ran.", "where is it?", "no, it is not", "the dog sat", "the cat ran."]
 NUM_TOKENS = 80
 STAGES = tuple(
-    Stage(task, task, updates=3, batch=60 if task == "text" else 3, learning_rate=1e-2, warmup=2, averaging=0.5)
+    Stage(
+        task, task, updates=3, batch=60 if task == "text" else 3, learning_rate=1e-2, warmup=2, averaging=0.5, slips=0.1
+    )
     for task in ("text", "ctc", "joint", "heads")
-)  # with augmentation: its random choices must be the same in a resumed run
+)  # with augmentation and slips: random choices must be the same in a resumed run
 
 
 @pytest.fixture(autouse=True)
@@ -130,6 +132,14 @@ def test_every_stage_lowers_its_loss(tmp_path, manifest, processor, task, precis
     assert {"loss", "grad_norm", "audio_per_second", *losses} <= logged[0].keys()
     assert {f"dev_{name}" for name in losses} <= logged[1].keys()
     assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_the_decoder_reads_slips_in_training_alone(processor):
+    task = trainer_module.StageTask(new_model(), stage_of("text", slips=0.5))
+    batch = trainer_module.MisreadBatches(TEXTS, processor, batch_tokens=300, seed=1, epoch=0)[0]
+    assert not torch.equal(task.read(batch), batch.text_ids)
+    with torch.no_grad():
+        assert torch.equal(task.read(batch), batch.text_ids)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -27,6 +27,7 @@ class Stage:
     lr_scale: factor on the learning rate by parameter-name prefix.
     head_weights: weight of the cross-entropy of heads 1..K; None is 1 for head 1 and 0.8^(k−1) · 0.3 for head k.
     ctc_weight: weight of the CTC loss beside it.
+    slips: probability that a token which the decoder reads in training is not the right one (`with_slips`).
     """
 
     name: str
@@ -40,6 +41,7 @@ class Stage:
     lr_scale: dict[str, float] = field(default_factory=dict)
     head_weights: tuple[float, ...] | None = None
     ctc_weight: float = 0.5
+    slips: float = 0.0
     max_norm: float = 2.0
     averaging: float = 0.999
     augmentation: Augmentation = field(default_factory=Augmentation)
@@ -157,12 +159,12 @@ def tiny(encoder: str | None = None) -> tuple[ModelPreset, tuple[Stage, ...]]:
         max_feature_mask=15,
     )  # fmt: skip
     stages = (
-        Stage("text", "text", updates=900, batch=3000, learning_rate=1e-3, augmentation=NO_AUGMENTATION),
+        Stage("text", "text", updates=900, batch=3000, learning_rate=1e-3, slips=0.1, augmentation=NO_AUGMENTATION),
         # CTC leaves its all-blank plateau after 150 to 200 updates; the encoder must not move before that
         Stage("ctc", "ctc", updates=320, batch=65, learning_rate=1e-3, warmup=40, frozen_encoder_layers=None),
         Stage(
             "joint", "joint", updates=6000, batch=130, learning_rate=5e-4, warmup=150, frozen_encoder_layers=3,
-            lr_scale={"encoder.": 0.3, "speech_projection.projection.": 0.3}, augmentation=light,
+            lr_scale={"encoder.": 0.3, "speech_projection.projection.": 0.3}, slips=0.1, augmentation=light,
         ),
     )  # fmt: skip
     return model, stages

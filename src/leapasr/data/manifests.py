@@ -270,8 +270,10 @@ def _read_own(path: Path, problems: list[str]) -> Iterator[Cut]:
                 if first and header.rate == SAMPLE_RATE:
                     common = _AudioFormat(header.rate, header.num_channels)
                 first = False
+            elif common is not None and fields.get("sampling_rate") in (None, common.rate):
+                header = common
             else:
-                header = common or _AudioFormat(int(_number(fields, "sampling_rate")), num_channels=1)
+                header = _AudioFormat(int(_number(fields, "sampling_rate")), num_channels=1)
             known = ("id", "audio", "duration", "text", "speaker", "language", "sampling_rate")
             yield _cut(
                 id=str(fields["id"]),

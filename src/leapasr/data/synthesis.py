@@ -163,6 +163,15 @@ def _speak_shard(shard: list[Utterance], output: Path) -> list[dict]:
     return lines
 
 
+def _lines_of(manifest: Path) -> list[dict]:
+    """The lines of an interrupted manifest; a last one without its line end was torn, and is cut off the file."""
+    text = manifest.read_text()
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        manifest.write_text(whole)
+    return [json.loads(line) for line in whole.splitlines()]
+
+
 def synthesize(
     texts: list[str],
     output: Path,
@@ -186,7 +195,7 @@ def synthesize(
         raise ValueError(f"speech engines not installed: {sorted(missing)}; found: {installed_engines()}")
     output.mkdir(parents=True, exist_ok=True)
     manifest = output / "manifest.jsonl"
-    spoken = [json.loads(line) for line in manifest.read_text().splitlines()] if manifest.exists() else []
+    spoken = _lines_of(manifest) if manifest.exists() else []
     done_ids = {line["id"] for line in spoken}
     seconds = sum(line["duration"] for line in spoken)
     todo = [utterance for utterance in plan(texts, engines, seed) if utterance.id not in done_ids]

@@ -28,6 +28,20 @@ def shifted_labels(text_BM: Tensor, lengths_B: Tensor, *, head: int, end_token_i
     return F.pad(ended_BU[:, shift:], (0, shift), value=IGNORED)
 
 
+def with_slips(text_BM: Tensor, probability: float, *, vocab_size: int) -> Tensor:
+    """Token ids (B, M) as a decoder may have written them: each is with `probability` not the right one.
+
+    Half of the slips repeat the token before, half are any token. Taught on right texts alone, a decoder loses its
+    place with its first mistake and repeats itself (exposure bias: Bengio et al., arXiv 1506.03099). Labels stay
+    right.
+    """
+    slips_BM = torch.rand(text_BM.shape, device=text_BM.device) < probability
+    repeats_BM = torch.rand(text_BM.shape, device=text_BM.device) < 0.5
+    before_BM = torch.cat([text_BM[:, :1], text_BM[:, :-1]], 1)
+    other_BM = torch.where(repeats_BM, before_BM, torch.randint_like(text_BM, vocab_size))
+    return torch.where(slips_BM, other_BM, text_BM)
+
+
 def mtp_loss(
     head_logits: Sequence[Tensor], text_BM: Tensor, lengths_B: Tensor, *, weights: Sequence[float], end_token_id: int
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:

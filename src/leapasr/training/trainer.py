@@ -34,7 +34,7 @@ from leapasr.model.low_rank import freeze_adapted
 from leapasr.model.processing import SpeechLlamaProcessor
 from leapasr.model.speech_llama import SpeechEncoding, SpeechLlamaForConditionalGeneration
 from leapasr.training.encoder_cache import EncoderCache, FrameBatch, FrameBatches
-from leapasr.training.losses import ctc_loss, mtp_loss
+from leapasr.training.losses import ctc_loss, mtp_loss, with_slips
 from leapasr.training.optimizer import MasterAdamW
 
 TRAINED_PREFIXES = {
@@ -71,6 +71,12 @@ class StageTask(torch.nn.Module):
             return self.model.encode_frames(batch.frames.to(self.model.dtype), batch.frame_lengths)
         return self.model.encode(batch.input_features.to(self.model.dtype), batch.feature_lengths)
 
+    def read(self, batch: Batch | FrameBatch | TextBatch) -> Tensor:
+        """The tokens (B, M) that the decoder reads: in training with slips, in evaluation the right ones."""
+        if not self.stage.slips or not torch.is_grad_enabled():
+            return batch.text_ids
+        return with_slips(batch.text_ids, self.stage.slips, vocab_size=self.model.config.vocab_size)
+
     def forward(self, batch: Batch | FrameBatch | TextBatch) -> StepLosses:
         model, task = self.model, self.stage.task
         figures: dict[str, Tensor] = {}
@@ -81,7 +87,7 @@ class StageTask(torch.nn.Module):
             read_BLD = table(batch.read_ids) * batch.read_weights[..., None].to(table.weight.dtype)
             read_BLD = model.speech_projection.read_tokens(read_BLD, batch.read_ids)
             positions_BL = model.speech_projection.positions(batch.read_ids[..., None], batch.read_lengths)
-            head_logits = model.read_text(read_BLD, batch.read_lengths, positions_BL, batch.text_ids)
+            head_logits = model.read_text(read_BLD, batch.read_lengths, positions_BL, self.read(batch))
         else:
             with torch.set_grad_enabled(torch.is_grad_enabled() and task != "heads"):
                 encoding = self.encode(batch)
@@ -96,7 +102,7 @@ class StageTask(torch.nn.Module):
                 figures["ctc"] = ctc.detach()
                 total = total + (1.0 if task == "ctc" else self.stage.ctc_weight) * ctc
             if task != "ctc":
-                head_logits = model.read_text(*encoding.prefix, batch.text_ids)
+                head_logits = model.read_text(*encoding.prefix, self.read(batch))
         if head_logits is not None:
             loss, losses, accuracies = mtp_loss(
                 head_logits,
