@@ -45,6 +45,9 @@ TRAINED_PREFIXES = {
 }
 
 
+MAX_DEV_TEXTS = 2000
+
+
 class TrainingError(RuntimeError):
     """Training cannot go on; the message says why and what to do."""
 
@@ -176,7 +179,7 @@ class Trainer:
         model: the model, float32; it is trained in place.
         processor: features and tokenizer of the model.
         sources: training cuts with weights.
-        texts: tidied passages for ``text`` stages.
+        texts: tidied passages for ``text`` stages; the last of them, a twentieth or 2,000, are for evaluation.
         dev: dev cuts, for CTC and head figures.
     """
 
@@ -191,7 +194,10 @@ class Trainer:
         dev: list,
     ):
         self.config, self.processor = config, processor
-        self.sources, self.texts, self.dev = sources, texts, dev
+        self.sources, self.dev = sources, dev
+        num_dev_texts = min(MAX_DEV_TEXTS, len(texts) // 20)
+        self.texts = texts[: len(texts) - num_dev_texts]
+        self.dev_texts = texts[len(texts) - num_dev_texts :] or texts
         self.accelerator = Accelerator()
         self.model = model.to(self.accelerator.device)
         if config.compile:
@@ -423,7 +429,7 @@ class Trainer:
         seed = self.config.seed
         batches: list[Batch | TextBatch]
         if stage.task == "text":
-            misread = MisreadBatches(self.texts[-2000:], self.processor, batch_tokens=3000, seed=seed, epoch=0)
+            misread = MisreadBatches(self.dev_texts, self.processor, batch_tokens=3000, seed=seed, epoch=0)
             batches = [misread[i] for i in range(min(10, len(misread)))]
         elif self.dev:
             plan = plan_epoch([Source(self.dev)], batch_seconds=160, seed=seed, epoch=0)
