@@ -38,7 +38,7 @@ class Variant:
     manifests: dict[Path, float]
 
 
-def recipe(model: ModelPreset, *, text: int, ctc: int, joint: int, batch: float) -> tuple[Stage, ...]:
+def recipe(*, text: int, ctc: int, joint: int, batch: float) -> tuple[Stage, ...]:
     """The stages of the shipped model, with few updates each."""
     _, (text_stage, ctc_stage, *joint_stages) = tiny()
     return (
@@ -51,7 +51,7 @@ def recipe(model: ModelPreset, *, text: int, ctc: int, joint: int, batch: float)
 def variants(arguments: argparse.Namespace) -> list[Variant]:
     """The recipe with everything, and without one ingredient each."""
     model, _ = tiny(arguments.encoder)
-    stages = recipe(model, text=arguments.text_updates, ctc=arguments.ctc_updates, joint=arguments.joint_updates,
+    stages = recipe(text=arguments.text_updates, ctc=arguments.ctc_updates, joint=arguments.joint_updates,
                     batch=arguments.batch)  # fmt: skip
     text, ctc, joint = stages
     real = dict.fromkeys(arguments.manifest, 1.0)

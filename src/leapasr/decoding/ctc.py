@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from leapasr.model.adapter import begins
+
 
 def greedy_ctc(logits_BTV: Tensor, lengths_B: Tensor, *, blank: int) -> list[list[int]]:
     """The likeliest token of every frame, repetitions merged and blanks left out: ids of each row.
@@ -21,9 +23,7 @@ def greedy_ctc(logits_BTV: Tensor, lengths_B: Tensor, *, blank: int) -> list[lis
         blank: id of the blank.
     """
     best_BT = logits_BTV.argmax(-1)
-    is_start_BT = torch.ones_like(best_BT, dtype=torch.bool)
-    is_start_BT[:, 1:] = best_BT[:, 1:] != best_BT[:, :-1]
-    keep_BT = is_start_BT & (best_BT != blank)
+    keep_BT = begins(best_BT, blank)
     return [
         row[:length][keep[:length]].tolist()
         for row, keep, length in zip(best_BT, keep_BT, lengths_B.tolist(), strict=True)

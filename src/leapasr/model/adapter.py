@@ -93,11 +93,15 @@ class SpeechProjection(nn.Module):
         embeddings = self.projection(stacked)
         if self.ctc_in_prompt:
             embeddings = embeddings + self.read_ctc(ctc_logits_BTV, lengths_B, token_embeddings_VD)
-        ids_BT = ctc_logits_BTV.argmax(-1)
-        ids_BT = ids_BT.masked_fill(~padding_mask(lengths_B, ids_BT.shape[1]), self.blank)
+        ids_BT = self.best_tokens(ctc_logits_BTV, lengths_B)
         missing = -ids_BT.shape[1] % self.stacking
         ids_BLS = nn.functional.pad(ids_BT, (0, missing), value=self.blank).unflatten(1, (-1, self.stacking))
         return embeddings, stacked_lengths_B, self.positions(ids_BLS, stacked_lengths_B)
+
+    def best_tokens(self, ctc_logits_BTV: Tensor, lengths_B: Tensor) -> Tensor:
+        """CTC's best token of each frame (B, T), blank behind each row's end."""
+        valid_BT = padding_mask(lengths_B, ctc_logits_BTV.shape[1])
+        return ctc_logits_BTV.argmax(-1).masked_fill(~valid_BT, self.blank)
 
     def positions(self, ids_BLS: Tensor, lengths_B: Tensor) -> Tensor:
         """Positions of the prompt (B, L) in the decoder.
@@ -114,8 +118,7 @@ class SpeechProjection(nn.Module):
     def read_ctc(self, ctc_logits_BTV: Tensor, lengths_B: Tensor, token_embeddings_VD: Tensor) -> Tensor:
         """What CTC reads in every stacked frame (B, ceil(T / stacking), D), summed over its frames."""
         posterior = torch.softmax(ctc_logits_BTV.detach().float(), -1)
-        valid_BT = padding_mask(lengths_B, ctc_logits_BTV.shape[1])
-        best_BT = posterior.argmax(-1).masked_fill(~valid_BT, self.blank)
+        best_BT = self.best_tokens(ctc_logits_BTV, lengths_B)
         posterior[..., self.blank] = 0
         expected = posterior.to(token_embeddings_VD.dtype) @ token_embeddings_VD
         stacked, _ = stack_frames(self.read_tokens(expected, best_BT), lengths_B, self.stacking)
@@ -133,11 +136,11 @@ class SpeechProjection(nn.Module):
         """
         if self.previous is None:
             return read_BTD
-        before_BT1, exists_BT1 = neighbouring_readings(ids_BT, [-1], blank=self.blank)
-        result = read_BTD + self.previous(_gather(read_BTD, before_BT1, exists_BT1))
+        offsets = [-1, *range(1, self.lookahead + 1)]
+        places_BTO, exists_BTO = neighbouring_readings(ids_BT, offsets, blank=self.blank)
+        result = read_BTD + self.previous(_gather(read_BTD, places_BTO[..., :1], exists_BTO[..., :1]))
         if self.lookahead:
-            behind_BTO, exists_BTO = neighbouring_readings(ids_BT, range(1, self.lookahead + 1), blank=self.blank)
-            following = _gather(self.following(read_BTD), behind_BTO, exists_BTO)
+            following = _gather(self.following(read_BTD), places_BTO[..., 1:], exists_BTO[..., 1:])
             result = result + self.following_projection(following)
         return result
 
