@@ -57,13 +57,15 @@ def variants(arguments: argparse.Namespace) -> list[Variant]:
     real = dict.fromkeys(arguments.manifest, 1.0)
     manifests = real | {arguments.synthetic: arguments.synthetic_weight}
     everything = Variant("everything", model, stages, manifests)
-    no_ctc = replace(model, fields=model.fields | {"ctc_in_prompt": False, "ctc_lookahead": 0})
+    no_ctc = replace(model, fields=model.fields | {"ctc_in_prompt": False, "ctc_lookahead": 0, "ctc_positions": False})
     scratch = replace(model, encoder=load_encoder_config(arguments.encoder))
+    no_pooling = replace(model, fields=model.fields | {"encoder_pooling_layer": None, "encoder_stacking": 2})
     found = [
         everything,
         replace(everything, name="encoder from random weights", model=scratch,
                 stages=(text, replace(ctc, frozen_encoder_layers=0), joint)),
         replace(everything, name="encoder frozen", stages=(text, ctc, replace(joint, frozen_encoder_layers=None))),
+        replace(everything, name="no pooling (encoder at 50 frames a second)", model=no_pooling),
         replace(everything, name="no LM pretraining", stages=(ctc, joint)),
         replace(everything, name="no CTC (neither loss nor prompt)", model=no_ctc,
                 stages=(text, replace(joint, ctc_weight=0.0, updates=ctc.updates + joint.updates))),
@@ -142,7 +144,7 @@ def main() -> None:
     parser.add_argument("--dev", type=Path, required=True, help="dev manifest")
     parser.add_argument("--dev-utterances", type=int, default=100)
     parser.add_argument("--text-updates", type=int, default=100)
-    parser.add_argument("--ctc-updates", type=int, default=150)
+    parser.add_argument("--ctc-updates", type=int, default=300)
     parser.add_argument("--joint-updates", type=int, default=150)
     parser.add_argument("--batch", type=float, default=60, help="seconds of audio an update")
     parser.add_argument("--seed", type=int, default=1)

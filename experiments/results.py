@@ -31,6 +31,7 @@ STRATEGIES: tuple[Strategy, ...] = (
     DecodingOptions(strategy="verify"),
     *(DecodingOptions(strategy="threshold", threshold=threshold) for threshold in (0.9, 0.7, 0.5)),
 )
+AUTOREGRESSIVE = 1
 TEST_SETS = {
     "librispeech/test (official test-clean)": "librispeech",
     "commonvoice_en/test": "commonvoice_en",
@@ -74,12 +75,8 @@ def percent(value: float) -> str:
     return f"{100 * value:.2f}"
 
 
-def references(cuts: Sequence[Cut]) -> list[str]:
-    return [" ".join(supervision.text for supervision in cut.supervisions) for cut in cuts]
-
-
-def accuracy_table(reports: Sequence[Report], peers: dict[str, list[str]], compared: Sequence[int]) -> list[str]:
-    """Markdown of one test set; `peers` wrote the utterances `compared`, on which their paired difference is."""
+def accuracy_table(reports: Sequence[Report]) -> list[str]:
+    """Markdown of one test set."""
     lines = [
         "| system | WER % (95% interval) | plain WER % | calls | tokens per call | call reduction | same tokens % |",
         "| --- | --- | --- | --- | --- | --- | --- |",
@@ -90,30 +87,34 @@ def accuracy_table(reports: Sequence[Report], peers: dict[str, list[str]], compa
             f"| {percent(report.wer_plain)} | {report.decoder_calls} | {report.tokens_per_call or 0:.2f} "
             f"| {report.call_reduction or 0:.2f} | {percent(report.identical_to_autoregressive)} |"
         )
-    if peers:
-        autoregressive = next(report for report in reports if report.strategy == "autoregressive")
-        chosen = [autoregressive.utterances[index] for index in compared]
-        truth = [utterance.reference for utterance in chosen]
-        ours = count_errors(truth, [utterance.hypothesis for utterance in chosen], NORMALIZER)
-        rate = word_error_rate(ours)
-        ours_rate = f"{percent(rate.value)} ({percent(rate.low)} to {percent(rate.high)})"
-        lines += [
-            "",
-            f"On {len(chosen)} of these utterances, spread evenly:",
-            "",
-            "| system | WER % (95% interval) | plain WER % | autoregressive leapasr minus it |",
-            "| --- | --- | --- | --- |",
-            f"| leapasr, autoregressive | {ours_rate} | | |",
-        ]
-        for name, hypotheses in peers.items():
-            errors = count_errors(truth, hypotheses, NORMALIZER)
-            rate, plain = word_error_rate(errors), count_errors(truth, hypotheses, PLAIN).rate
-            more = word_error_rate_difference(errors, ours)
-            lines.append(
-                f"| {name}, int8, greedy | {percent(rate.value)} ({percent(rate.low)} to {percent(rate.high)}) "
-                f"| {percent(plain)} | {percent(more.value)} ({percent(more.low)} to {percent(more.high)}) |"
-            )
     return lines
+
+
+def peer_table(ours: Report, peers: dict[str, list[str]], compared: Sequence[int]) -> tuple[list[str], list[dict]]:
+    """Markdown and figures of what peers wrote for the utterances `compared`, set against the report `ours`."""
+    chosen = [ours.utterances[index] for index in compared]
+    truth = [utterance.reference for utterance in chosen]
+    our_errors = count_errors(truth, [utterance.hypothesis for utterance in chosen], NORMALIZER)
+    rate = word_error_rate(our_errors)
+    lines = [
+        "",
+        f"On {len(chosen)} of these utterances, spread evenly:",
+        "",
+        "| system | WER % (95% interval) | plain WER % | autoregressive leapasr minus it |",
+        "| --- | --- | --- | --- |",
+        f"| leapasr, autoregressive | {percent(rate.value)} ({percent(rate.low)} to {percent(rate.high)}) | | |",
+    ]
+    figures = []
+    for name, hypotheses in peers.items():
+        errors = count_errors(truth, hypotheses, NORMALIZER)
+        rate, plain = word_error_rate(errors), count_errors(truth, hypotheses, PLAIN).rate
+        more = word_error_rate_difference(errors, our_errors)
+        lines.append(
+            f"| {name}, int8, greedy | {percent(rate.value)} ({percent(rate.low)} to {percent(rate.high)}) "
+            f"| {percent(plain)} | {percent(more.value)} ({percent(more.low)} to {percent(more.high)}) |"
+        )
+        figures.append({"test_set": ours.test_set, "system": name, "num_utterances": len(chosen), **rate._asdict()})
+    return lines, figures
 
 
 def measure_times(
@@ -165,12 +166,12 @@ def main() -> None:
         written = {peer.name: peer.run(samples).hypotheses for peer in peers}
         hours = reports[0].audio_seconds / 3600
         page += ["", f"## {name}: {len(cuts)} utterances, {hours:.2f} h", ""]
-        page += accuracy_table(reports, written, compared)
+        page += accuracy_table(reports)
         figures += [report.figures() for report in reports]
-        for peer_name, hypotheses in written.items():
-            truth = references([cuts[index] for index in compared])
-            rate = word_error_rate(count_errors(truth, hypotheses, NORMALIZER))
-            figures.append({"test_set": name, "system": peer_name, "num_utterances": len(compared), **rate._asdict()})
+        if peers:
+            lines, rates = peer_table(reports[AUTOREGRESSIVE], written, compared)
+            page += lines
+            figures += rates
     first_manifest, first_use = next(iter(sets.values()))
     timed = list(read_manifest(first_manifest, use=first_use, limit=arguments.timed).cuts)
     audio_seconds = sum(cut.duration for cut in timed)

@@ -72,23 +72,31 @@ def test_features_of_few_bins_and_few_frames():
 def test_no_augmentation_changes_nothing():
     rng = np.random.default_rng(0)
     samples, features = tone(), torch.randn(50, 80)
-    assert np.array_equal(NO_AUGMENTATION.waveform(samples, rng), samples)
+    assert np.array_equal(NO_AUGMENTATION.waveform(samples, rng, speed=NO_AUGMENTATION.draw_speed(rng)), samples)
     assert torch.equal(NO_AUGMENTATION.features(features, rng), features)
 
 
 def test_the_generator_alone_decides():
     samples = tone()
-    made = [Augmentation().waveform(samples, np.random.default_rng(seed)) for seed in range(20)]
-    again = [Augmentation().waveform(samples, np.random.default_rng(seed)) for seed in range(20)]
+    made = [Augmentation(noise=0.9).waveform(samples, np.random.default_rng(seed)) for seed in range(20)]
+    again = [Augmentation(noise=0.9).waveform(samples, np.random.default_rng(seed)) for seed in range(20)]
     assert all(np.array_equal(a, b) for a, b in zip(made, again, strict=True))
     assert all(m.dtype == np.float32 for m in made)
     assert len({m.tobytes() for m in made}) > 10
 
 
-@pytest.mark.parametrize("part", ["speed", "noise", "reverberation"])
+def test_speeds_are_drawn_as_often_as_they_say():
+    rng = np.random.default_rng(0)
+    speeds = [Augmentation(speed=0.25, speed_range=(0.8, 1.2)).draw_speed(rng) for _ in range(400)]
+    assert 70 < sum(speed != 1 for speed in speeds) < 130
+    assert 0.8 <= min(speeds) < 0.85
+    assert 1.15 < max(speeds) <= 1.2
+
+
+@pytest.mark.parametrize("part", ["noise", "reverberation"])
 def test_each_part_happens_as_often_as_it_says(part):
     samples = tone(seconds=0.05)
-    off = {"speed": 0, "noise": 0, "reverberation": 0}
+    off = {"noise": 0, "reverberation": 0}
     rng = np.random.default_rng(0)
     augmentation = Augmentation(**off | {part: 0.25})
     changed = sum(not np.array_equal(augmentation.waveform(samples, rng), samples) for _ in range(400))

@@ -1,5 +1,6 @@
 import json
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -117,7 +118,7 @@ def test_a_batch_is_padded_features_and_texts(plan, processor):
     assert batch.ids == ["u0", "u1", "u2"]
     assert batch.audio_seconds == pytest.approx(3.8, abs=0.01)
     assert batch.feature_lengths.tolist() == [50, 100, 230]
-    assert batch.input_features.shape == (3, 300, 8)
+    assert batch.input_features.shape == (3, 250, 8)
     assert batch.input_features.shape[1] % FEATURE_MULTIPLE == 0
     for features, length in zip(batch.input_features, batch.feature_lengths.tolist(), strict=True):
         assert features[length:].eq(0).all()
@@ -126,6 +127,16 @@ def test_a_batch_is_padded_features_and_texts(plan, processor):
     assert len(samples) == SAMPLE_RATE
     texts = [processor.decode_text(i[:n].tolist()) for i, n in zip(batch.text_ids, batch.text_lengths, strict=True)]
     assert texts == ["the cat sat", "a dog ran", "the dog sat"]
+
+
+def test_all_of_a_batch_has_one_speed(plan, processor):
+    """So that utterances of like duration stay so; half of the audio's speed doubles every length."""
+    slow = Augmentation(speed=1.0, speed_range=(0.5, 0.5), noise=0, reverberation=0)
+    batch = SpeechBatches(plan, processor, slow, seed=1, epoch=0)[0]
+    assert batch.feature_lengths.tolist() == [100, 200, 460]
+    mixed = SpeechBatches(plan, processor, replace(slow, speed_range=(0.5, 2.0)), seed=1, epoch=0)[0]
+    speeds = torch.tensor([50, 100, 230]) / mixed.feature_lengths
+    assert speeds.max() / speeds.min() < 1.05
 
 
 def test_a_batch_depends_on_seed_epoch_and_index_alone(plan, processor):

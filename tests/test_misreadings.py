@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import WhisperFeatureExtractor
 
-from leapasr.data.misreadings import MisreadBatches, misread, misread_word
+from leapasr.data.misreadings import MisreadBatches, alike_tokens, misread, misread_tokens, misread_word
 from leapasr.model.processing import SpeechLlamaProcessor
 from leapasr.training.tokenizer import train_tokenizer
 
@@ -47,6 +47,29 @@ def test_a_misread_word_sounds_alike():
     assert "fase" in read
     assert all(2 <= len(word) <= 9 for word in read)
     assert misread_word("WHW", rng) == "WHW"  # nothing in it sounds like anything else
+
+
+def test_alike_tokens_begin_or_end_with_one_another(processor):
+    tokenizer = processor.tokenizer
+    alike = alike_tokens(tokenizer)
+    the = tokenizer.convert_tokens_to_ids("▁the")
+    assert {"▁", "▁t", "e"} <= set(tokenizer.convert_ids_to_tokens(alike[the]))
+    assert the not in alike[the]
+    assert not set(alike[the]) & set(tokenizer.all_special_ids)
+    assert all(a in alike[b] for a in range(len(tokenizer)) for b in alike[a])
+
+
+def test_misread_tokens_are_lost_doubled_or_alike():
+    tokens, alike = list(range(30_000)), [[-1, -2]] * 30_000
+    rng = random.Random(0)
+    assert misread_tokens(tokens, 0.0, alike, rng) == tokens
+    read = misread_tokens(tokens, 0.2, alike, rng)
+    kept, slips = {token for token in read if token >= 0}, 30_000 * 0.2
+    assert [token for token in dict.fromkeys(read) if token >= 0] == sorted(kept)  # the order stays
+    assert 0.9 < (30_000 - len(kept)) / (0.7 * slips) < 1.1  # replaced or lost
+    assert 0.9 < sum(token < 0 for token in read) / (0.65 * slips) < 1.1  # put before it or in its place
+    assert 0.8 < sum(a == b >= 0 for a, b in pairwise(read)) / (0.05 * slips) < 1.2
+    assert set(misread_tokens([0] * 100, 1.0, [[]], rng)) <= {0}  # nothing is alike: lost or doubled
 
 
 def test_a_batch_is_blanks_runs_and_the_misread_text(processor, texts):

@@ -25,7 +25,7 @@ from leapasr.decoding import DecodingOptions, Prompts, SpeechLlamaDecoder, decod
 from leapasr.model.building import build_model, build_processor, padding_token
 from leapasr.model.checkpoints import CheckpointError
 from leapasr.model.configuration import HEAD_TYPES, SpeechLlamaConfig
-from leapasr.model.encoders import ParakeetSpeechEncoder, WhisperSpeechEncoder
+from leapasr.model.encoders import ParakeetSpeechEncoder, WhisperSpeechEncoder, average_pairs, build_encoder
 from leapasr.model.low_rank import add_low_rank, freeze_adapted, has_low_rank
 from leapasr.model.mtp_heads import build_heads
 from leapasr.model.speech_llama import SpeechLlamaForConditionalGeneration, join_rows
@@ -212,6 +212,12 @@ def test_whisper_encoder_is_transformers_own_at_full_length():
     "encoder",
     [
         pytest.param(lambda: WhisperSpeechEncoder(WhisperConfig(**WHISPER)), id="whisper"),
+        *(
+            pytest.param(
+                lambda layer=layer: WhisperSpeechEncoder(WhisperConfig(**WHISPER), layer), id=f"pooling-{layer}"
+            )
+            for layer in (0, 1, 2)
+        ),
         pytest.param(lambda: ParakeetSpeechEncoder(ParakeetEncoderConfig(**PARAKEET)), id="parakeet"),
     ],
 )
@@ -227,6 +233,49 @@ def test_encoder_rows_equal_alone(encoder):
             alone, (alone_length,) = encoder(features[row : row + 1, :length], lengths[row : row + 1])
             assert alone_length == frame_lengths[row] == alone.shape[1]
             torch.testing.assert_close(frames[row, :alone_length], alone[0])
+
+
+def test_average_pairs_against_a_loop():
+    frames = torch.randn(3, 7, 4, dtype=torch.float64)
+    averaged, lengths = average_pairs(frames, torch.tensor([7, 4, 1]))
+    assert averaged.shape == (3, 4, 4)
+    assert lengths.tolist() == [4, 2, 1]
+    for row, length in enumerate([7, 4, 1]):
+        for pair in range(4):
+            of_pair = frames[row, 2 * pair : min(2 * pair + 2, length)]
+            wanted = of_pair.mean(0) if len(of_pair) else torch.zeros(4, dtype=torch.float64)
+            assert torch.allclose(averaged[row, pair], wanted)
+
+
+@pytest.mark.parametrize("num_frozen", [0, 1, 2])
+@pytest.mark.parametrize("pooling_layer", [0, 1, 2])
+def test_pooling_averages_frames_behind_its_layer(pooling_layer, num_frozen):
+    """Against the layers of transformers' encoder, called one by one on one utterance without padding."""
+    torch.manual_seed(0)
+    encoder = WhisperSpeechEncoder(WhisperConfig(**WHISPER), pooling_layer).double().eval()
+    encoder.freeze_layers(num_frozen)
+    features = torch.randn(1, 40, 8, dtype=torch.float64)
+    frames, lengths = encoder(features, torch.tensor([40]))
+
+    own = encoder.encoder
+    x = nn.functional.gelu(own.conv2(nn.functional.gelu(own.conv1(features.transpose(1, 2))))).transpose(1, 2)
+    x = x + own.embed_positions.weight[:20]
+    for layer in own.layers[:pooling_layer]:
+        x = layer(x, None)
+    x = (x[:, 0::2] + x[:, 1::2]) / 2
+    for layer in own.layers[pooling_layer:]:
+        x = layer(x, None)
+    assert torch.allclose(frames, own.layer_norm(x), atol=1e-12)
+    assert lengths.tolist() == [10]
+    assert encoder.frame_rate == 25
+
+
+def test_pooling_that_cannot_be():
+    for layer in (-1, 3):
+        with pytest.raises(ValueError, match=f"encoder_pooling_layer {layer}: the encoder has 2 layers"):
+            build_encoder(WhisperConfig(**WHISPER), pooling_layer=layer)
+    with pytest.raises(ValueError, match="is for Whisper's encoder, not for 'parakeet_encoder'"):
+        build_encoder(ParakeetEncoderConfig(**PARAKEET), pooling_layer=1)
 
 
 @pytest.mark.parametrize("kind", ["whisper", "parakeet"])

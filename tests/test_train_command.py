@@ -39,7 +39,7 @@ def small_tiny(encoder: str | None = None):
     model = replace(model, decoder=decoder, vocab_size=VOCAB_SIZE, fields=model.fields | fields | {"num_heads": 3})
     stages = tuple(
         replace(s, updates=3, warmup=1, batch=200 if s.task == "text" else 10, frozen_encoder_layers=frozen)
-        for s, frozen in zip(stages, (0, None, 1), strict=True)
+        for s, frozen in zip(stages, (0, None, 1, 1), strict=True)
     )
     return model, stages
 
@@ -95,13 +95,14 @@ def test_one_command_trains_every_stage(data):
     output = data["output"]
     assert folder == output / "model"
     logged = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    assert [(line["stage"], line["update"]) for line in logged] == [("text", 3), ("ctc", 3), ("joint", 3)]
+    order = ("text", "ctc", "encoder", "joint")
+    assert [(line["stage"], line["update"]) for line in logged] == [(stage, 3) for stage in order]
     assert {"dev_ce_1"} <= logged[0].keys()
     assert {"dev_ctc", "dev_ctc_wer"} <= logged[1].keys()
-    assert {"dev_ctc_wer", "dev_accuracy_1", "dev_accuracy_3"} <= logged[2].keys()
+    assert {"dev_ctc_wer", "dev_accuracy_1", "dev_accuracy_3"} <= logged[3].keys()
 
     pretrained = WhisperModel.from_pretrained(data["encoder"]).encoder.state_dict()
-    stages = {stage: saved_state(output / stage) for stage in ("text", "ctc", "joint")}
+    stages = {stage: saved_state(output / stage) for stage in order}
     for name, weight in pretrained.items():
         name = f"encoder.encoder.{name}"
         assert torch.equal(stages["text"][name], weight)
@@ -109,9 +110,11 @@ def test_one_command_trains_every_stage(data):
     for stage, before, name, changes in (
         ("ctc", "text", "ctc_head.weight", True),
         ("ctc", "text", "decoder.lm_head.weight", False),
-        ("joint", "ctc", "encoder.encoder.layers.0.fc1.weight", False),
-        ("joint", "ctc", "encoder.encoder.layers.1.fc1.weight", True),
-        ("joint", "ctc", "mtp_heads.expansion.weight", True),
+        ("encoder", "ctc", "encoder.encoder.layers.0.fc1.weight", False),
+        ("encoder", "ctc", "encoder.encoder.layers.1.fc1.weight", True),
+        ("encoder", "ctc", "mtp_heads.expansion.weight", False),
+        ("joint", "encoder", "encoder.encoder.layers.1.fc1.weight", True),
+        ("joint", "encoder", "mtp_heads.expansion.weight", True),
     ):
         assert torch.equal(stages[stage][name], stages[before][name]) != changes, (stage, name)
     model, processor = load_initial(folder)
@@ -135,7 +138,7 @@ def test_the_same_command_goes_on_where_it_was_interrupted(data, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         train("tiny", **again)
     resumed = saved_state(train("tiny", **again))
-    assert num_calls == 10
+    assert num_calls == 13
     for name, weight in whole.items():
         torch.testing.assert_close(resumed[name], weight, rtol=0, atol=0, msg=name)
 
@@ -246,13 +249,17 @@ def test_frames_are_of_these_weights_and_this_audio(data, trained, tmp_path):
     cache.compute(cuts[:1], batch_seconds=20, num_workers=0, advance=lambda count: None)
     assert cache.missing([cuts[0], cuts[-1].with_id(cuts[0].id)]) == [cuts[-1].with_id(cuts[0].id)]
     assert cache.missing([cuts[0].truncate(duration=2.0)]) != []
-    assert len(cache.frames(cuts[0])) == 355  # 7.1 s
+    assert len(cache.frames(cuts[0])) == 178  # 7.1 s, pooled
 
     again = EncoderCache(tmp_path, model.encoder, processor)
     assert again.missing(cuts[:1]) == []
     processor.save_pretrained(tmp_path / "processor")
     reloaded = SpeechLlamaProcessor.from_pretrained(tmp_path / "processor")
     assert fingerprint(model.encoder, reloaded) == fingerprint(model.encoder, processor)
+    model.encoder.pooling_layer = 1
+    assert EncoderCache(tmp_path, model.encoder, processor).missing(cuts[:1]) == cuts[:1]
+    model.encoder.pooling_layer = 2
+    assert EncoderCache(tmp_path, model.encoder, processor).missing(cuts[:1]) == []
     with torch.no_grad():
         model.encoder.encoder.layers[1].fc2.bias[3] += 1e-3
     assert EncoderCache(tmp_path, model.encoder, processor).missing(cuts[:1]) == cuts[:1]
@@ -289,7 +296,7 @@ def test_an_interrupted_cache_keeps_whole_shards(data, trained, tmp_path, monkey
     ("changes", "message"),
     [
         ({"preset": "huge"}, "unknown preset 'huge': choose one of tiny, base, heads"),
-        ({"stages": "ctc,mwer"}, "unknown stages mwer: this preset has text, ctc, joint"),
+        ({"stages": "ctc,mwer"}, "unknown stages mwer: this preset has text, ctc, encoder, joint"),
         ({"updates": 0}, "updates must be at least 1, got 0"),
         ({"text": []}, "the stage 'text' has no text"),
         ({"text": [], "stages": "ctc"}, "a tokenizer must be trained first"),

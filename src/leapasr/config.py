@@ -150,7 +150,8 @@ def tiny(encoder: str | None = None) -> tuple[ModelPreset, tuple[Stage, ...]]:
         decoder=small_llama(1024, size=512, layers=4, ffn=1280, heads=8),
         vocab_size=1024,
         fields={
-            "adapter_size": 512, "adapter_layers": 2, "ctc_lookahead": 7, "ctc_positions": True, "num_heads": 8,
+            "encoder_pooling_layer": 2, "encoder_stacking": 1, "adapter_size": 512, "adapter_layers": 2,
+            "ctc_lookahead": 7, "ctc_positions": True, "num_heads": 8,
             "head_type": "latent",
         },
     )  # fmt: skip
@@ -163,8 +164,12 @@ def tiny(encoder: str | None = None) -> tuple[ModelPreset, tuple[Stage, ...]]:
         # CTC leaves its all-blank plateau after 150 to 200 updates; the encoder must not move before that
         Stage("ctc", "ctc", updates=320, batch=65, learning_rate=1e-3, warmup=40, frozen_encoder_layers=None),
         Stage(
-            "joint", "joint", updates=6000, batch=130, learning_rate=5e-4, warmup=150, frozen_encoder_layers=3,
-            lr_scale={"encoder.": 0.3, "speech_projection.projection.": 0.3}, slips=0.1, augmentation=light,
+            "encoder", "ctc", updates=3000, batch=65, learning_rate=4e-4, final_lr=0.8, frozen_encoder_layers=2,
+            lr_scale={"encoder.": 0.4}, augmentation=light,
+        ),
+        Stage(
+            "joint", "joint", updates=6000, batch=65, learning_rate=4e-4, frozen_encoder_layers=2,
+            lr_scale={"encoder.": 0.4, "speech_projection.projection.": 0.3}, slips=0.1, augmentation=light,
         ),
     )  # fmt: skip
     return model, stages

@@ -19,6 +19,8 @@ from leapasr.audio import SAMPLE_RATE
 class Augmentation:
     """What is done to training audio. Probabilities are per utterance; 0 switches a part off.
 
+    speed: probability, per batch, of another speed for all of it (drawn per utterance, speeds would undo the sorting
+        of utterances by length, and a sixth of every batch would be padding).
     speed_range: factors of speed (and pitch), drawn evenly.
     noise: probability of coloured noise at a signal-to-noise ratio from `snr_db`.
     reverberation: probability of a synthetic room, decay time drawn from `decay_seconds`.
@@ -36,10 +38,14 @@ class Augmentation:
     num_feature_masks: int = 2
     max_feature_mask: int = 18
 
-    def waveform(self, samples: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    def draw_speed(self, rng: np.random.Generator) -> float:
+        """The speed of a batch; 1 is as recorded."""
+        return rng.uniform(*self.speed_range) if rng.random() < self.speed else 1.0
+
+    def waveform(self, samples: np.ndarray, rng: np.random.Generator, *, speed: float = 1.0) -> np.ndarray:
         """Augmented float32 samples (num_samples',) at 16 kHz."""
-        if rng.random() < self.speed:
-            samples = change_speed(samples, rng.uniform(*self.speed_range))
+        if speed != 1:
+            samples = change_speed(samples, speed)
         if rng.random() < self.reverberation:
             samples = reverberate(samples, rng.uniform(*self.decay_seconds), rng)
         if rng.random() < self.noise:

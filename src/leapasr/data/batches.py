@@ -21,7 +21,7 @@ from leapasr.audio import resample
 from leapasr.data.augmentation import Augmentation
 from leapasr.model.processing import SpeechLlamaProcessor
 
-FEATURE_MULTIPLE, TEXT_MULTIPLE = 100, 16  # few different shapes: kernels are built once for each
+FEATURE_MULTIPLE, TEXT_MULTIPLE = 50, 16  # few different shapes: kernels are built once for each
 
 
 @dataclass
@@ -64,7 +64,7 @@ def plan_epoch(sources: Sequence[Source], *, batch_seconds: float, seed: int, ep
     sampler = DynamicBucketingSampler(
         unique,
         max_duration=batch_seconds,
-        num_buckets=min(30, max(2, len(cuts) // 50)),
+        num_buckets=min(100, max(2, len(cuts) // 50)),
         shuffle=True,
         seed=int(rng.integers(2**31)),
         buffer_size=len(cuts) + 1,
@@ -93,10 +93,11 @@ class SpeechBatches(Dataset):
 
     def __getitem__(self, index: int) -> Batch:
         rng = np.random.default_rng((self.seed, self.epoch, index))
+        speed = self.augmentation.draw_speed(rng)
         ids, features, texts, seconds = [], [], [], 0.0
         for cut in self.plan[index]:
             samples = resample(cut.load_audio().mean(0), cut.sampling_rate)
-            samples = self.augmentation.waveform(samples, rng)
+            samples = self.augmentation.waveform(samples, rng, speed=speed)
             ids.append(cut.id)
             seconds += cut.duration
             features.append(self.augmentation.features(self.processor.features(samples), rng))

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerBase
 
 from leapasr.data.batches import pad_tokens
 from leapasr.model.processing import SpeechLlamaProcessor
@@ -64,6 +65,38 @@ def misread(text: str, rate: float, rng: random.Random) -> str:
     return " ".join(words)
 
 
+def alike_tokens(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """For each token id, the tokens of which one begins or ends with the other: "▁con" is like "▁co" and "on"."""
+    pieces = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+    special = set(tokenizer.all_special_ids)
+    ids = [id for id in range(len(pieces)) if id not in special and pieces[id]]
+
+    def alike(a: str, b: str) -> bool:
+        return a != b and (a.startswith(b) or b.startswith(a) or a.endswith(b) or b.endswith(a))
+
+    return [[other for other in ids if alike(piece, pieces[other])] for piece in pieces]
+
+
+def misread_tokens(tokens: Sequence[int], rate: float, alike: Sequence[Sequence[int]], rng: random.Random) -> list[int]:
+    """`tokens` as CTC might emit them: a share `rate` is lost, said twice, or one that is alike.
+
+    A token and its neighbours compete for the same frames: CTC writes "giift" for "gift" and "deressing" for
+    "depressing", which no misspelling of a word looks like.
+    """
+    result: list[int] = []
+    for token in tokens:
+        slip = rng.random() / rate if rate else 1.0
+        if slip >= 1:
+            result.append(token)
+        elif slip < 0.25 and alike[token]:
+            result += [rng.choice(alike[token]), token]
+        elif slip < 0.65 and alike[token]:
+            result.append(rng.choice(alike[token]))
+        elif slip < 0.7:
+            result += [token, token]
+    return result
+
+
 @dataclass
 class TextBatch:
     """A batch of misread texts.
@@ -96,6 +129,7 @@ class MisreadBatches(Dataset):
     ):
         self.processor, self.seed, self.epoch = processor, seed, epoch
         self.batch_tokens = batch_tokens
+        self.alike = alike_tokens(processor.tokenizer)
         rng = random.Random(f"{seed}/{epoch}")
         # about 2.7 characters a token; pools of like length keep padding small and the order random. Shapes come
         # from a small set (`_rounded`): compiled code and the kernels' caches grow with every new one.
@@ -122,7 +156,8 @@ class MisreadBatches(Dataset):
         for text in self.batches[index]:
             texts.append(self.processor.encode_text(text))
             read: list[int] = [blank] * rng.randrange(1, 4)
-            for token in self.processor.encode_text(misread(text, rng.uniform(0, 0.5), rng)):
+            misspelt = self.processor.encode_text(misread(text, rng.uniform(0, 0.4), rng))
+            for token in misread_tokens(misspelt, rng.uniform(0, 0.25), self.alike, rng):
                 read += [token] * (2 if rng.random() < 0.1 else 1) + [blank] * rng.choice((0, 0, 0, 1, 1, 2))
             reads.append(read + [blank] * rng.randrange(1, 4))
             weights.append([rng.uniform(0.5, 1) for _ in reads[-1]])

@@ -29,7 +29,10 @@ class SpeechLlamaConfig(PreTrainedConfig):
         adapter_layers: bidirectional layers of the adapter, at the rate of the CTC head.
         adapter_attention_heads: attention heads of these layers.
         adapter_ffn_size: width of their feed-forward part.
-        encoder_stacking: encoder frames stacked to one adapter frame (Whisper: 2, from 50 to 25 a second).
+        encoder_pooling_layer: Whisper's frames are averaged in pairs behind so many of its layers, from 50 to 25 a
+            second; the layers above then cost half. None: nowhere, as Whisper was trained.
+        encoder_stacking: encoder frames stacked to one adapter frame (Whisper: 2, from 50 to 25 a second; 1 with
+            pooling).
         decoder_stacking: adapter frames stacked to one speech embedding (2: 12.5 a second).
         ctc_in_prompt: add the CTC posterior's expected token embedding to each speech embedding.
         ctc_lookahead: with it, also those of the so many tokens that CTC reads next; K − 1 serves K heads.
@@ -56,6 +59,7 @@ class SpeechLlamaConfig(PreTrainedConfig):
         adapter_layers: int = 2,
         adapter_attention_heads: int = 8,
         adapter_ffn_size: int = 2048,
+        encoder_pooling_layer: int | None = None,
         encoder_stacking: int = 2,
         decoder_stacking: int = 2,
         ctc_in_prompt: bool = True,
@@ -93,6 +97,7 @@ class SpeechLlamaConfig(PreTrainedConfig):
         self.adapter_layers = adapter_layers
         self.adapter_attention_heads = adapter_attention_heads
         self.adapter_ffn_size = adapter_ffn_size
+        self.encoder_pooling_layer = encoder_pooling_layer
         self.encoder_stacking = encoder_stacking
         self.decoder_stacking = decoder_stacking
         self.ctc_in_prompt = ctc_in_prompt

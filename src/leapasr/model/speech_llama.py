@@ -109,7 +109,7 @@ class SpeechLlamaForConditionalGeneration(PreTrainedModel):
 
     def __init__(self, config: SpeechLlamaConfig):
         super().__init__(config)
-        self.encoder = build_encoder(config.encoder_config)
+        self.encoder = build_encoder(config.encoder_config, pooling_layer=config.encoder_pooling_layer)
         self.adapter = Adapter(config, self.encoder.output_size)
         self.ctc_head = nn.Linear(config.adapter_size, config.vocab_size)
         self.speech_projection = SpeechProjection(config)

@@ -42,10 +42,11 @@ class FrameBatch:
 def fingerprint(encoder: nn.Module, processor: SpeechLlamaProcessor) -> str:
     """16 hexadecimal digits for all that frames depend on beside the audio.
 
-    That is the encoder's weights, the dtype that it computes in, and the settings of the features.
+    That is the encoder's weights, where it pools, the dtype that it computes in, and the settings of the features.
     """
     settings = processor.feature_extractor.to_dict().items()
     numbers = {name: value for name, value in settings if isinstance(value, int | float)}
+    numbers["pooling_layer"] = getattr(encoder, "pooling_layer", None)
     digest = hashlib.sha256(json.dumps(numbers, sort_keys=True).encode())
     for name, value in encoder.state_dict().items():
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
