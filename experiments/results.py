@@ -66,11 +66,6 @@ class Whisper:
         return PeerResult(hypotheses, time.perf_counter() - start)
 
 
-def label(report: Report) -> str:
-    """Strategy and threshold of a report."""
-    return report.strategy if report.threshold is None else f"{report.strategy} {report.threshold:g}"
-
-
 def percent(value: float) -> str:
     return f"{100 * value:.2f}"
 
@@ -83,7 +78,7 @@ def accuracy_table(reports: Sequence[Report]) -> list[str]:
     ]
     for report in reports:
         lines.append(
-            f"| {label(report)} | {percent(report.wer)} ({percent(report.wer_low)} to {percent(report.wer_high)}) "
+            f"| {report.label} | {percent(report.wer)} ({percent(report.wer_low)} to {percent(report.wer_high)}) "
             f"| {percent(report.wer_plain)} | {report.decoder_calls} | {report.tokens_per_call or 0:.2f} "
             f"| {report.call_reduction or 0:.2f} | {percent(report.identical_to_autoregressive)} |"
         )
@@ -126,7 +121,7 @@ def measure_times(
     for _ in range(rounds):
         for batch_size in (1, 8):
             for report in evaluate(transcriber, cuts, STRATEGIES, batch_size=batch_size):
-                seconds.setdefault(f"leapasr {label(report)}, batch {batch_size}", []).append(report.seconds)
+                seconds.setdefault(f"leapasr {report.label}, batch {batch_size}", []).append(report.seconds)
         for peer in peers:
             seconds.setdefault(f"{peer.name} int8 greedy, batch 1", []).append(peer.run(samples).seconds)
     return seconds

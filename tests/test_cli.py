@@ -99,6 +99,8 @@ def test_text_and_summary(run, transcriber, recordings):
             DecodingOptions(strategy="threshold", threshold=0.0, num_heads=2),
         ),
         (["--heads", "2"], DecodingOptions(num_heads=2)),
+        (["--drafts", "ctc"], DecodingOptions(drafts="ctc")),
+        (["--drafts", "both"], DecodingOptions(drafts="both")),
     ],
 )
 def test_strategies(run, transcriber, recordings, arguments, options):
@@ -233,6 +235,7 @@ def test_reading_takes_the_memory_of_the_result(tmp_path):
         (["--strategy", "threshold", "--threshold", "-0.1"], "threshold is a probability from 0 to 1, got -0.1"),
         (["--strategy", "threshold", "--threshold", "nan"], "threshold is a probability from 0 to 1, got nan"),
         (["--threshold", "0.9"], "threshold 0.9 has no meaning for strategy 'verify'"),
+        (["--strategy", "autoregressive", "--drafts", "ctc"], "drafts 'ctc' are for strategies verify and relaxed"),
         (["--strategy", "autoregressive", "--heads", "3"], "strategy 'autoregressive' uses head 1 only"),
         (["--device", "warp"], "device 'warp' cannot be used"),
     ],
@@ -317,6 +320,7 @@ def test_evaluation(run, manifest, tmp_path):
     assert (result.exit_code, complaints(result)) == (0, [])
     figures = json.loads(files[0].read_text())
     assert (figures["strategy"], figures["threshold"], figures["num_heads"]) == ("verify", None, 4)
+    assert figures["drafts"] == "mtp"
     assert (figures["num_utterances"], figures["num_words"]) == (5, 10)
     assert figures["audio_seconds"] == pytest.approx(0.5 + 0.6 + 0.7 + 0.8 + 0.9)
     assert figures["identical_to_autoregressive"] == 1
@@ -338,7 +342,14 @@ def test_evaluation_of_some_utterances_with_other_options(run, manifest, tmp_pat
     arguments += ["--strategy", "threshold", "--threshold", 0.5, "--heads", 2, "--batch-size", 1, "--dtype", "bfloat16"]
     assert run("evaluate", manifest, *arguments).exit_code == 0
     figures = json.loads((tmp_path / "wer.json").read_text())
-    expected = {"strategy": "threshold", "threshold": 0.5, "num_heads": 2, "batch_size": 1, "dtype": "bfloat16"}
+    expected = {
+        "strategy": "threshold",
+        "threshold": 0.5,
+        "drafts": None,
+        "num_heads": 2,
+        "batch_size": 1,
+        "dtype": "bfloat16",
+    }
     assert expected.items() <= figures.items()
     ids = [json.loads(line)["id"] for line in (tmp_path / "h.jsonl").read_text().splitlines()]
     assert ids == SPREAD_IDS

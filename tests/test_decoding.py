@@ -5,6 +5,7 @@ Shapes: B rows, L positions, D width.
 
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from math import ceil
 
 import pytest
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, MistralConfig, Qwen3Config
 
 from leapasr.decoding import CausalLMDecoder, DecodingLoop, DecodingOptions, Prompts, SpeechLlamaDecoder, decode
+from leapasr.decoding.drafts import Reading, build_drafter
 from leapasr.decoding.guards import guard_rows
 from leapasr.decoding.reference import decode_reference, full_forward
 from leapasr.decoding.strategies import Threshold, Verification
@@ -136,6 +138,98 @@ def test_verification_is_exact_whatever_the_drafts(decoder, prompts, references,
     results = decode(decoder, prompts, VERIFY, max_tokens=[MAX_TOKENS] * 12, drafters=drafters)
     assert outcomes(results) == outcomes(references)
     assert_log_probabilities_close(results, references)
+
+
+@pytest.mark.parametrize("drafts", ["ctc", "both"])
+@pytest.mark.parametrize("kind", ["right", "wrong", "random", "mixed", "end inside"])
+def test_verification_of_readings_is_exact(decoder, prompts, references, kind, drafts):
+    """Readings as CTC would give them, right or not: the tokens stay, and those that are right take one call."""
+    options = replace(VERIFY, drafts=drafts)
+    readings = []
+    for row, result in enumerate(references):
+        corrupt = corruption(kind, row)
+        tokens = [corrupt(token, j) for j, token in enumerate(result.tokens)]
+        readings.append(Reading(tokens, [0.9] * len(tokens)))
+    drafters = [build_drafter(options, reading, end_token=EOS) for reading in readings]
+    results = decode(decoder, prompts, options, max_tokens=[MAX_TOKENS] * 12, drafters=drafters)
+    assert outcomes(results) == outcomes(references)
+    assert_log_probabilities_close(results, references)
+    ended = [result.num_calls for result in results if result.truncated is None]
+    assert ended
+    if kind == "right":
+        assert set(ended) == {1}
+
+
+def test_a_reading_with_one_mistake_costs_two_calls(decoder, prompts, references):
+    """Behind the mistake the draft goes on where the reading goes on."""
+    options = replace(VERIFY, drafts="ctc")
+    rows = [n for n, result in enumerate(references) if result.truncated is None and len(result.tokens) > 4]
+    assert rows
+    for row in rows:
+        tokens = list(references[row].tokens)
+        tokens[2] = next(token for token in range(3, V) if token not in tokens)
+        drafter = build_drafter(options, Reading(tokens, [0.9] * len(tokens)), end_token=EOS)
+        result = decode(decoder, take(prompts, [row]), options, max_tokens=[MAX_TOKENS], drafters=[drafter])[0]
+        assert outcome(result) == outcome(references[row])
+        assert result.num_calls == 2
+
+
+# Relaxed verification: the same loop, another test of what stands.
+
+
+def relaxed_reference(decoder, prompts, row, drafter, *, ratio: float, top: int) -> list[int]:
+    """Relaxed verification of one row, a token at a time, each from a forward pass over all before it."""
+    tokens: list[int] = []
+    while True:
+        draft = [drafted.token for drafted in drafter.propose(tokens, ())][: MAX_TOKENS - len(tokens) - 1]
+        for place in range(len(draft) + 1):
+            logits = decoder.logits(full_hidden(decoder, prompts, row, tokens)[-1])
+            best = logits.argsort(descending=True, stable=True).tolist()
+            token = best[0]
+            stands = place < len(draft) and draft[place] in best[:top]
+            stands = stands and bool(logits.softmax(-1)[draft[place]] >= ratio * logits.softmax(-1)[token])
+            token = draft[place] if stands else token
+            if token == EOS:
+                return tokens
+            tokens.append(token)
+            if len(tokens) >= MAX_TOKENS:
+                return tokens
+            if not stands:
+                break
+
+
+@pytest.mark.parametrize(("ratio", "top"), [(0.0, 2), (0.0, 48), (0.3, 48), (0.3, 2), (0.8, 3)])
+@pytest.mark.parametrize("kind", ["random", "mixed", "end inside"])
+def test_relaxed_verification_against_a_loop(decoder, prompts, references, kind, ratio, top):
+    options = DecodingOptions(strategy="relaxed", ratio=ratio, top=top, max_repeats=None)
+    drafters, again = scripted(references, kind), scripted(references, kind)
+    results = decode(decoder, prompts, options, max_tokens=[MAX_TOKENS] * 12, drafters=drafters)
+    for row, result in enumerate(results):
+        assert result.tokens == relaxed_reference(decoder, prompts, row, again[row], ratio=ratio, top=top)
+        with torch.inference_mode():
+            hidden = full_hidden(decoder, prompts, row, result.tokens)[int(prompts.lengths_B[row]) - 1 :]
+            log_probs = decoder.logits(hidden).log_softmax(-1)
+        expected = [float(log_probs[u, token]) for u, token in enumerate(result.tokens)]
+        assert result.log_probabilities == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize(("ratio", "top"), [(1.0, 48), (0.0, 1)])
+def test_relaxed_to_nothing_is_exact(decoder, prompts, references, ratio, top):
+    options = DecodingOptions(strategy="relaxed", ratio=ratio, top=top, max_repeats=4)
+    drafters = scripted(references, "mixed")
+    results = decode(decoder, prompts, options, max_tokens=[MAX_TOKENS] * 12, drafters=drafters)
+    assert outcomes(results) == outcomes(references)
+
+
+def test_relaxed_verification_says_other_things(decoder, prompts, references):
+    options = DecodingOptions(strategy="relaxed", ratio=0.0, top=48, max_repeats=4)
+    results = decode(decoder, prompts, options, max_tokens=[MAX_TOKENS] * 12, drafters=scripted(references, "random"))
+    assert outcomes(results) != outcomes(references)
+
+
+def test_drafts_from_ctc_need_what_it_read(decoder, prompts):
+    with pytest.raises(ValueError, match="drafts 'both' need what CTC read"):
+        decode(decoder, prompts, replace(VERIFY, drafts="both"))
 
 
 def test_verification_is_exact_without_drafts(decoder, prompts, references):

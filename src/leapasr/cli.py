@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 if TYPE_CHECKING:
-    from leapasr.decoding.options import DecodingOptions, StrategyName
+    from leapasr.decoding.options import DecodingOptions
 
 app = typer.Typer(
     help="Speech recognition with a language model inside that predicts several tokens per decoder call.",
@@ -27,13 +27,27 @@ app = typer.Typer(
 
 Model = Annotated[str | None, typer.Option(help="Model folder or hub name; without it, the model in the package.")]
 Strategy = Annotated[
-    Literal["autoregressive", "threshold", "verify"],
-    typer.Option(help="One token per call; heads trusted above a threshold; or heads checked by the next call."),
+    Literal["autoregressive", "threshold", "verify", "relaxed"],
+    typer.Option(
+        help="One token per call; heads trusted above a threshold; drafts checked by the next call; or those accepted "
+        "that the decoder finds nearly as likely as its best."
+    ),
 ]
 Threshold = Annotated[
     float | None, typer.Option(help="For --strategy threshold: least probability of a trusted token, 0 to 1.")
 ]
+Ratio = Annotated[
+    float | None,
+    typer.Option(
+        help="For --strategy relaxed: least probability of an accepted token, as a share of the best's, 0 to 1."
+    ),
+]
+Top = Annotated[int | None, typer.Option(help="For --strategy relaxed: accepted tokens are among so many best; 3.")]
 Heads = Annotated[int | None, typer.Option(help="Heads to use, head 1 included; all without it.")]
+Drafts = Annotated[
+    Literal["mtp", "ctc", "both"] | None,
+    typer.Option(help="For --strategy verify: check the heads' tokens (mtp), CTC's tokens, or both in one draft."),
+]
 BatchSize = Annotated[int, typer.Option(min=1, help="Stretches of audio computed together.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; a GPU, if there is one, without it.")]
 Dtype = Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="Floating-point type to compute in.")]
@@ -83,10 +97,10 @@ def quiet_libraries() -> None:
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
 
-def decoding_options(strategy: StrategyName, threshold: float | None, heads: int | None) -> DecodingOptions:
+def decoding_options(**fields: Any) -> DecodingOptions:
     from leapasr.decoding.options import DecodingOptions
 
-    return DecodingOptions(strategy=strategy, threshold=threshold, num_heads=heads)
+    return DecodingOptions(**fields)
 
 
 @app.callback(invoke_without_command=True)
@@ -104,7 +118,10 @@ def transcribe(
     model: Model = None,
     strategy: Strategy = "verify",
     threshold: Threshold = None,
+    ratio: Ratio = None,
+    top: Top = None,
     heads: Heads = None,
+    drafts: Drafts = None,
     format: Annotated[Literal["txt", "json", "srt", "vtt"], typer.Option(help="What to write.")] = "txt",
     output_dir: Annotated[
         Path | None, typer.Option(help="Folder for a transcript a file; without it, they are printed.")
@@ -115,7 +132,9 @@ def transcribe(
 ) -> None:
     """Transcribe audio files."""
     with reported():
-        options = decoding_options(strategy, threshold, heads)
+        options = decoding_options(
+            strategy=strategy, threshold=threshold, ratio=ratio, top=top, num_heads=heads, drafts=drafts
+        )
         from leapasr.transcriber import load
         from leapasr.transcribing import audio_files, check_output, transcribe_files
 
@@ -147,7 +166,10 @@ def evaluate(
     model: Model = None,
     strategy: Strategy = "verify",
     threshold: Threshold = None,
+    ratio: Ratio = None,
+    top: Top = None,
     heads: Heads = None,
+    drafts: Drafts = None,
     use: Annotated[Literal["train", "dev", "test"] | None, typer.Option(help="Only utterances of this use.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="So many utterances, spread over each manifest.")] = None,
     batch_size: BatchSize = 8,
@@ -160,7 +182,9 @@ def evaluate(
     from rich.console import Console
 
     with reported():
-        options = decoding_options(strategy, threshold, heads)
+        options = decoding_options(
+            strategy=strategy, threshold=threshold, ratio=ratio, top=top, num_heads=heads, drafts=drafts
+        )
         from leapasr.data.manifests import read_manifest
         from leapasr.evaluation.evaluate import evaluate as evaluate_cuts
         from leapasr.evaluation.evaluate import write_hypotheses, write_reports

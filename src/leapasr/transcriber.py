@@ -23,7 +23,8 @@ from torch import Tensor
 from leapasr.audio import SAMPLE_RATE, AudioError, read_audio
 from leapasr.chunks import Chunk, by_length, cut_recording, windows
 from leapasr.decoding import DecodingOptions, DecodingResult, Prompts, SpeechLlamaDecoder, decode
-from leapasr.decoding.ctc import greedy_ctc
+from leapasr.decoding.ctc import greedy_ctc, read_ctc
+from leapasr.decoding.drafts import Drafter, build_drafter
 from leapasr.model.checkpoints import CheckpointError
 from leapasr.model.encoders import FEATURE_RATE
 from leapasr.model.processing import SpeechLlamaProcessor
@@ -242,8 +243,21 @@ class Transcriber:
             ValueError: the options do not fit the model.
         """
         with _timed(self.model.device) as timer:
-            results = decode(self.decoder, batch.prompts, options, max_tokens=batch.max_tokens)
+            results = decode(
+                self.decoder,
+                batch.prompts,
+                options,
+                max_tokens=batch.max_tokens,
+                drafters=self._drafters(batch, options),
+            )
         return DecodedBatch(results, timer.seconds)
+
+    def _drafters(self, batch: EncodedBatch, options: DecodingOptions) -> list[Drafter] | None:
+        if options.drafts not in ("ctc", "both"):
+            return None
+        end_token = min(self.decoder.end_tokens)
+        readings = read_ctc(batch.ctc_logits_BTV, batch.ctc_lengths_B, blank=self.model.config.blank_token_id)
+        return [build_drafter(options, reading, end_token=end_token) for reading in readings]
 
     def decode_ctc(self, batch: EncodedBatch) -> DecodedBatch:
         """What the CTC head alone says, greedily, without one decoder call and without a trace."""

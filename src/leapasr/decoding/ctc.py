@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from leapasr.decoding.drafts import Reading
 from leapasr.model.adapter import begins
 
 
@@ -28,6 +29,23 @@ def greedy_ctc(logits_BTV: Tensor, lengths_B: Tensor, *, blank: int) -> list[lis
         row[:length][keep[:length]].tolist()
         for row, keep, length in zip(best_BT, keep_BT, lengths_B.tolist(), strict=True)
     ]
+
+
+def read_ctc(logits_BTV: Tensor, lengths_B: Tensor, *, blank: int) -> list[Reading]:
+    """What `greedy_ctc` reads, with the probability of each token where it is surest; arguments as there."""
+    probabilities_BT, best_BT = logits_BTV.float().softmax(-1).max(-1)
+    begins_BT = begins(best_BT, blank)
+    runs_BT = begins_BT.cumsum(1) - 1
+    readings = []
+    for best, begin, runs, probabilities, length in zip(
+        best_BT, begins_BT, runs_BT, probabilities_BT, lengths_B.tolist(), strict=True
+    ):
+        tokens = best[:length][begin[:length]]
+        spoken = (best[:length] != blank).nonzero()[:, 0]
+        surest = probabilities.new_zeros(len(tokens))
+        surest.scatter_reduce_(0, runs[spoken], probabilities[spoken], "amax")
+        readings.append(Reading(tokens.tolist(), surest.tolist()))
+    return readings
 
 
 def align_ctc(log_probs_TV: Tensor, tokens: Sequence[int], *, blank: int) -> list[tuple[int, int]] | None:

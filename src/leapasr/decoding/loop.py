@@ -17,14 +17,14 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from leapasr.decoding.cache import RaggedCache
 from leapasr.decoding.drafts import Drafter, MTPDrafter
 from leapasr.decoding.guards import Guards, guard_rows
 from leapasr.decoding.interface import Decoder, Prompts
 from leapasr.decoding.options import DecodingOptions, DecodingResult, Truncation
-from leapasr.decoding.strategies import Strategy, build_strategy, matching_prefix
+from leapasr.decoding.strategies import Strategy, build_strategy
 from leapasr.decoding.trace import DraftToken, TokenRecord
 from leapasr.model.speech_llama import join_positions, join_rows
 
@@ -101,6 +101,16 @@ def best_tokens(logits: Tensor) -> tuple[Tensor, Tensor]:
     return tokens, scores.amax(-1) - scores.logsumexp(-1)
 
 
+def _with_drafted(
+    tokens_BR: Tensor, log_probs_BR: Tensor, logits_BRV: Tensor, draft_BJ: Tensor, stands_BJ: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Head 1's tokens and their log-probabilities (B, R) with the drafted ones where these stand."""
+    chosen_BR = torch.where(nn.functional.pad(stands_BJ, (0, 1)), nn.functional.pad(draft_BJ, (0, 1)), tokens_BR)
+    scores = logits_BRV.float() if logits_BRV.dtype.itemsize < 4 else logits_BRV
+    less_BR = scores.gather(-1, chosen_BR[..., None])[..., 0] - scores.amax(-1)
+    return chosen_BR, log_probs_BR + less_BR
+
+
 class DecodingLoop:
     """Rows being decoded together; more may join at any time.
 
@@ -153,6 +163,8 @@ class DecodingLoop:
         """
         num_rows = len(prompts.lengths_B)
         if drafters is None:
+            if self.options.drafts in ("ctc", "both"):
+                raise ValueError(f"drafts {self.options.drafts!r} need what CTC read: give each row its drafter")
             drafters = [MTPDrafter() for _ in range(num_rows)]
         if len(drafters) != num_rows:
             raise ValueError(f"{len(drafters)} drafters for {num_rows} prompts: give one for each")
@@ -251,8 +263,12 @@ class DecodingLoop:
             hidden_BRD = hidden_BWD[rows_B[:, None], index_BR.clamp_(max=W - 1)]
         else:
             hidden_BRD = hidden_BWD
-        tokens_BR, log_probs_BR = best_tokens(self.decoder.logits(hidden_BRD))
-        num_accepted_B = matching_prefix(draft_BJ, tokens_BR[:, :-1])
+        logits_BRV = self.decoder.logits(hidden_BRD)
+        tokens_BR, log_probs_BR = best_tokens(logits_BRV)
+        stands_BJ = self.strategy.agrees(draft_BJ, tokens_BR[:, :-1], logits_BRV[:, :-1]).long().cumprod(-1)
+        num_accepted_B = stands_BJ.sum(-1)
+        if self.strategy.accepts_other_tokens:
+            tokens_BR, log_probs_BR = _with_drafted(tokens_BR, log_probs_BR, logits_BRV, draft_BJ, stands_BJ.bool())
         columns = [num_accepted_B[:, None], tokens_BR, log_probs_BR]
 
         G = self.strategy.num_guesses

@@ -1,6 +1,6 @@
 """Strategies: how many of the guessed tokens are emitted, and on whose word.
 
-Shapes: B rows, J drafted tokens.
+Shapes: B rows, J drafted tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from itertools import takewhile
 from torch import Tensor
 
 from leapasr.decoding.drafts import Drafter
-from leapasr.decoding.options import DecodingOptions
+from leapasr.decoding.options import DEFAULT_TOP, DecodingOptions
 from leapasr.decoding.trace import DraftToken
 
 
@@ -20,13 +20,25 @@ class Strategy:
 
     Attributes:
         num_guesses: heads behind head 1 to evaluate after each call.
+        accepts_other_tokens: whether a drafted token that stands may be another than head 1's best.
     """
 
     num_guesses = 0
+    accepts_other_tokens = False
 
     def propose(self, drafter: Drafter, emitted: Sequence[int], guesses: Sequence[DraftToken]) -> Sequence[DraftToken]:
         """The tokens that the next call is to verify in one row."""
         return ()
+
+    def agrees(self, draft_BJ: Tensor, tokens_BJ: Tensor, logits_BJV: Tensor) -> Tensor:
+        """Whether each drafted token may stand, bool (B, J).
+
+        Args:
+            draft_BJ: drafted ids (B, J), padded with -1, which never stands.
+            tokens_BJ: head 1's ids (B, J), the j-th read before the j-th drafted token.
+            logits_BJV: head 1's logits (B, J, V) there.
+        """
+        return draft_BJ == tokens_BJ
 
     def num_trusted(self, guesses: Sequence[DraftToken]) -> int:
         """How many guesses to emit at once, unverified, behind head 1's token."""
@@ -64,14 +76,25 @@ class Verification(Strategy):
         return drafter.propose(emitted, guesses)
 
 
-def matching_prefix(draft_BJ: Tensor, predicted_BJ: Tensor) -> Tensor:
-    """Length int64 (B,) of the longest prefix of each row's draft that equals head 1's tokens.
+class RelaxedVerification(Verification):
+    """`Verification` that takes a drafted token for head 1's own if head 1 finds it likely enough.
 
-    Args:
-        draft_BJ: drafted ids (B, J), padded with -1.
-        predicted_BJ: head 1's ids (B, J), the j-th read before the j-th drafted token.
+    That is: it is among head 1's `top` best and at least `ratio` times as probable as the best (as in typical
+    acceptance, Cai et al., arXiv 2401.10774, with a bound on the rank). The text may differ from autoregressive
+    decoding's; ``top = 1`` or ``ratio = 1`` is `Verification`, ties aside.
     """
-    return (draft_BJ == predicted_BJ).long().cumprod(-1).sum(-1)
+
+    accepts_other_tokens = True
+
+    def __init__(self, num_guesses: int, *, ratio: float, top: int):
+        super().__init__(num_guesses)
+        self.ratio, self.top = ratio, top
+
+    def agrees(self, draft_BJ: Tensor, tokens_BJ: Tensor, logits_BJV: Tensor) -> Tensor:
+        drafted_BJ1 = logits_BJV.gather(-1, draft_BJ.clamp(min=0)[..., None])
+        ranks_BJ = (logits_BJV > drafted_BJ1).sum(-1)
+        shares_BJ = (drafted_BJ1[..., 0] - logits_BJV.amax(-1)).double().exp()
+        return (draft_BJ >= 0) & (ranks_BJ < self.top) & (shares_BJ >= self.ratio)
 
 
 def build_strategy(options: DecodingOptions, num_heads: int) -> Strategy:
@@ -84,4 +107,9 @@ def build_strategy(options: DecodingOptions, num_heads: int) -> Strategy:
             assert options.threshold is not None
             return Threshold(num_guesses, options.threshold)
         case "verify":
-            return Verification(num_guesses)
+            return Verification(0 if options.drafts == "ctc" else num_guesses)
+        case "relaxed":
+            assert options.ratio is not None
+            return RelaxedVerification(
+                0 if options.drafts == "ctc" else num_guesses, ratio=options.ratio, top=options.top or DEFAULT_TOP
+            )

@@ -25,6 +25,7 @@ from lhotse.cut import Cut
 from leapasr.audio import SAMPLE_RATE, resample
 from leapasr.chunks import Chunk, by_length, windows
 from leapasr.decoding import DecodingOptions
+from leapasr.decoding.options import DEFAULT_DRAFTS, DEFAULT_TOP, VERIFYING
 from leapasr.decoding.trace import TokenRecord, accept_length_histogram
 from leapasr.evaluation.scoring import (
     Interval,
@@ -59,7 +60,8 @@ class Report:
 
     Attributes:
         test_set: what was evaluated, for people to read.
-        strategy, threshold, num_heads: of the options, or ``ctc``; `num_heads` is what was used, head 1 included.
+        strategy, threshold, ratio, top, drafts, num_heads: of the options, or ``ctc``; `num_heads` is what was used,
+            head 1 included, and `drafts` what was verified, None for other strategies.
         batch_size, dtype, device: how it was computed.
         normalizer: what both sides go through before words are counted, `wer_plain` aside.
         wer, wer_low, wer_high: word error rate with its 95% interval, by bootstrap over utterances.
@@ -83,6 +85,9 @@ class Report:
     test_set: str
     strategy: str
     threshold: float | None
+    ratio: float | None
+    top: int | None
+    drafts: str | None
     num_heads: int
     batch_size: int
     dtype: str
@@ -112,6 +117,12 @@ class Report:
     accept_lengths: dict[int, int]
     problems: list[str]
     utterances: list[Utterance] = field(repr=False)
+
+    @property
+    def label(self) -> str:
+        """The strategy in a few words: ``verify both``, ``threshold 0.9``, ``relaxed 0.3 both``."""
+        numbers = [f"{value:g}" for value in (self.threshold, self.ratio) if value is not None]
+        return " ".join([self.strategy, *numbers, *([self.drafts] if self.drafts else [])])
 
     def figures(self) -> dict[str, Any]:
         """All but the utterances, as JSON has it."""
@@ -214,7 +225,19 @@ class _Run:
     def num_heads(self, strategy: Strategy) -> int:
         if not isinstance(strategy, DecodingOptions):
             return 0
-        return 1 if strategy.strategy == "autoregressive" else strategy.num_heads or self.transcriber.decoder.num_heads
+        if strategy.strategy == "autoregressive" or strategy.drafts == "ctc":
+            return 1
+        return strategy.num_heads or self.transcriber.decoder.num_heads
+
+    def drafts(self, strategy: Strategy) -> str | None:
+        if not isinstance(strategy, DecodingOptions) or strategy.strategy not in VERIFYING:
+            return None
+        return strategy.drafts or DEFAULT_DRAFTS
+
+    def top(self, strategy: Strategy) -> int | None:
+        if not isinstance(strategy, DecodingOptions) or strategy.strategy != "relaxed":
+            return None
+        return strategy.top or DEFAULT_TOP
 
     def report(self, strategy: Strategy) -> Report:
         baseline = _autoregressive(strategy)
@@ -228,6 +251,9 @@ class _Run:
             test_set=self.test_set,
             strategy=strategy.strategy if isinstance(strategy, DecodingOptions) else strategy,
             threshold=strategy.threshold if isinstance(strategy, DecodingOptions) else None,
+            ratio=strategy.ratio if isinstance(strategy, DecodingOptions) else None,
+            top=self.top(strategy),
+            drafts=self.drafts(strategy),
             num_heads=self.num_heads(strategy),
             batch_size=self.batch_size,
             dtype=str(model.dtype).removeprefix("torch."),

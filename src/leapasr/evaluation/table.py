@@ -19,10 +19,9 @@ def report_table(reports: Sequence[Report]) -> Table:
 
 
 def _figures(report: Report) -> dict[str, str]:
-    strategy = report.strategy if report.threshold is None else f"{report.strategy} {report.threshold:g}"
     lengths = ", ".join(f"{length}: {count}" for length, count in report.accept_lengths.items())
     return {
-        "strategy": f"{strategy}, K = {report.num_heads}",
+        "strategy": f"{report.label}, K = {report.num_heads}",
         "utterances, words": f"{report.num_utterances}, {report.num_words}",
         "audio": f"{report.audio_seconds:.1f} s",
         f"WER ({report.normalizer})": f"{report.wer:.2%} ({report.wer_low:.2%} to {report.wer_high:.2%})",

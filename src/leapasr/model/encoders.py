@@ -178,6 +178,6 @@ def build_encoder(config: PreTrainedConfig, *, pooling_layer: int | None = None)
         raise ValueError(f"encoder type {config.model_type!r} is not supported: choose one of {', '.join(ENCODERS)}")
     if pooling_layer is None:
         return ENCODERS[config.model_type](config)
-    if config.model_type != "whisper":
+    if not isinstance(config, WhisperConfig):
         raise ValueError(f"encoder_pooling_layer is for Whisper's encoder, not for {config.model_type!r}: leave it out")
     return WhisperSpeechEncoder(config, pooling_layer)

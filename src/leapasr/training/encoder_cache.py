@@ -46,7 +46,7 @@ def fingerprint(encoder: nn.Module, processor: SpeechLlamaProcessor) -> str:
     """
     settings = processor.feature_extractor.to_dict().items()
     numbers = {name: value for name, value in settings if isinstance(value, int | float)}
-    numbers["pooling_layer"] = getattr(encoder, "pooling_layer", None)
+    numbers |= {"pooling_layer": getattr(encoder, "pooling_layer", None) or 0}
     digest = hashlib.sha256(json.dumps(numbers, sort_keys=True).encode())
     for name, value in encoder.state_dict().items():
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
