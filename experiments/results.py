@@ -28,7 +28,7 @@ from leapasr.transcriber import Transcriber, load
 STRATEGIES: tuple[Strategy, ...] = (
     "ctc",
     DecodingOptions(strategy="autoregressive"),
-    DecodingOptions(strategy="verify"),
+    *(DecodingOptions(strategy="verify", drafts=drafts) for drafts in ("mtp", "ctc", "both")),
     *(DecodingOptions(strategy="threshold", threshold=threshold) for threshold in (0.9, 0.7, 0.5)),
 )
 AUTOREGRESSIVE = 1

@@ -1,0 +1,116 @@
+"""The model that ships: that it hears, and that the contracts hold on trained weights as on random ones (float32)."""
+
+import importlib.resources
+from pathlib import Path
+
+import pytest
+import torch
+
+from leapasr.audio import read_audio
+from leapasr.chunks import Chunk
+from leapasr.decoding import DecodingOptions
+from leapasr.decoding.reference import decode_reference, full_forward
+from leapasr.evaluation.evaluate import NORMALIZER
+from leapasr.evaluation.scoring import count_errors
+from leapasr.model.speech_llama import SpeechLlamaForConditionalGeneration
+from leapasr.transcriber import load
+
+PACKAGE = Path(str(importlib.resources.files("leapasr")))
+FOLDER = PACKAGE / "pretrained" / "tiny"
+MEGABYTES = 45
+AUTOREGRESSIVE, VERIFY = DecodingOptions(strategy="autoregressive"), DecodingOptions(strategy="verify")
+SPOKEN = {
+    "austen-0870.flac": "and mister john dashwood had then leisure to consider how much there might be prudently in "
+    "his power to do for them",
+    "austen-0890.flac": "unless to be rather cold hearted and rather selfish is to be ill disposed",
+    "austen-0930.flac": "he might even have been made amiable himself",
+}
+
+
+@pytest.fixture(scope="module")
+def transcriber():
+    return load()
+
+
+@pytest.fixture(scope="module")
+def batch(transcriber):
+    recordings = [(n, read_audio(PACKAGE / "samples" / name)) for n, name in enumerate(SPOKEN)]
+    chunks = transcriber.cut(recordings)
+    assert len(chunks) == len(SPOKEN)
+    return transcriber.encode(chunks)
+
+
+def test_it_is_small_and_says_what_it_is_and_whose():
+    assert sum(file.stat().st_size for file in FOLDER.rglob("*")) <= MEGABYTES * 1e6
+    card = (FOLDER / "README.md").read_text()
+    for section in ("## Figures", "## Data", "## Limits", "## Licence"):
+        assert section in card
+    assert "Permission is hereby granted" in (FOLDER / "LICENSE-whisper").read_text()
+
+
+def test_it_hears_the_samples(transcriber):
+    files = [PACKAGE / "samples" / name for name in SPOKEN]
+    results = transcriber.transcribe(files, VERIFY)
+    errors = count_errors(list(SPOKEN.values()), [result.text for result in results], NORMALIZER)
+    assert errors.rate < 0.25
+    assert all(result.text[0].isupper() for result in results)  # it writes what people read
+    assert all(segment.truncated is None for result in results for segment in result.segments)
+
+
+@pytest.mark.parametrize("drafts", ["mtp", "ctc", "both"])
+def test_verification_writes_what_autoregression_writes_in_fewer_calls(transcriber, batch, drafts):
+    verify = DecodingOptions(strategy="verify", drafts=drafts)
+    plain, verified = (transcriber.decode(batch, options).results for options in (AUTOREGRESSIVE, verify))
+    reference = decode_reference(transcriber.decoder, batch.prompts, AUTOREGRESSIVE, max_tokens=batch.max_tokens)
+    assert [result.tokens for result in plain] == [result.tokens for result in reference]
+    assert [result.tokens for result in verified] == [result.tokens for result in reference]
+    assert sum(result.num_calls for result in verified) < sum(result.num_calls for result in plain) / 2
+
+
+def test_a_recording_alone_gives_what_it_gives_in_a_batch(transcriber, batch):
+    together = transcriber.decode(batch, VERIFY).results
+    for chunk, result in zip(batch.chunks, together, strict=True):
+        assert transcriber.decode(transcriber.encode([chunk]), VERIFY).results[0].tokens == result.tokens
+
+
+def test_cached_hidden_states_are_those_of_one_forward_pass(transcriber, batch):
+    """Head 1's log-probabilities from step after step through the cache, against the whole text at once."""
+    decoder = transcriber.decoder
+    for row, result in enumerate(transcriber.decode(batch, AUTOREGRESSIVE).results):
+        length = int(batch.prompts.lengths_B[row])
+        prompt = batch.prompts.embeddings_BLD[row, :length]
+        positions = batch.prompts.positions_BL[row, :length]
+        with torch.inference_mode():
+            inputs = torch.cat([prompt, decoder.embed(torch.tensor([result.tokens]))[0]])
+            hidden = full_forward(decoder, inputs, positions)[length - 1 :]
+            log_probs = decoder.logits(hidden).log_softmax(-1)
+        tokens = torch.tensor([record.token for record in result.trace])
+        expected = log_probs[: len(tokens)].gather(1, tokens[:, None])[:, 0]
+        seen = torch.tensor([record.log_probability for record in result.trace])
+        assert torch.allclose(seen, expected, atol=1e-3)
+
+
+def test_transformers_generate_writes_the_same(transcriber, batch):
+    model = transcriber.model
+    results = transcriber.decode(batch, AUTOREGRESSIVE).results
+    for row, result in enumerate(results):
+        length = int(batch.prompts.lengths_B[row])
+        tokens = model.decoder.generate(
+            inputs_embeds=batch.prompts.embeddings_BLD[row : row + 1, :length],
+            position_ids=batch.prompts.positions_BL[row : row + 1, :length],
+            do_sample=False,
+            max_new_tokens=batch.max_tokens[row],
+        )[0].tolist()
+        assert tokens[:-1] == result.tokens
+        assert tokens[-1] == model.config.eos_token_id
+
+
+def test_saved_and_loaded_it_writes_the_same(transcriber, batch, tmp_path):
+    transcriber.model.save_pretrained(tmp_path)
+    again = SpeechLlamaForConditionalGeneration.from_pretrained(tmp_path)
+    transcriber.processor.save_pretrained(tmp_path)
+    assert again.config.weight_storage == "float"
+    chunk: Chunk = batch.chunks[0]
+    other = load(str(tmp_path))
+    wanted = transcriber.decode(transcriber.encode([chunk]), VERIFY).results[0].tokens
+    assert other.decode(other.encode([chunk]), VERIFY).results[0].tokens == wanted
