@@ -19,7 +19,7 @@ from transformers import WhisperFeatureExtractor
 from leapasr import config
 from leapasr.audio import SAMPLE_RATE
 from leapasr.config import Stage, TrainingConfig, small_llama
-from leapasr.data.augmentation import NO_AUGMENTATION
+from leapasr.data.augmentation import NO_AUGMENTATION, Augmentation
 from leapasr.data.batches import Source
 from leapasr.data.manifests import read_manifest
 from leapasr.model.building import build_model, build_processor
@@ -169,6 +169,17 @@ def test_a_stage_leaves_other_weights_bit_identical(tmp_path, manifest, processo
 
 
 # Resuming
+
+
+def test_no_two_stages_hear_the_same_batches(tmp_path, manifest, processor):
+    noisy = stage_of("ctc")
+    stages = tuple(replace(noisy, name=name, augmentation=Augmentation(noise=1.0)) for name in ("first", "second"))
+    trainer = make_trainer(tmp_path, manifest, processor, stages=stages)
+    heard = []
+    for trainer.stage_index, stage in enumerate(stages):
+        heard.append(trainer._dataset(stage, 0)[0].input_features)
+        assert torch.equal(trainer._dataset(stage, 0)[0].input_features, heard[-1])
+    assert heard[0].shape != heard[1].shape or not torch.equal(*heard)
 
 
 @pytest.mark.parametrize(("precision", "tied"), [("fp32", False), ("bf16", False), ("bf16", True)])

@@ -46,6 +46,7 @@ TRAINED_PREFIXES = {
 
 
 MAX_DEV_TEXTS = 2000
+STAGE_SEEDS = 100_003  # between the seeds of two stages
 
 
 class TrainingError(RuntimeError):
@@ -264,16 +265,21 @@ class Trainer:
             state["optimizer"] = optimizer.state_dict()
         save_atomically(state, self.checkpoint)
 
+    @property
+    def stage_seed(self) -> int:
+        """The seed of the running stage's data: no two stages hear the same batches with the same noise."""
+        return self.config.seed + STAGE_SEEDS * self.stage_index
+
     def _dataset(self, stage: Stage, epoch: int) -> MisreadBatches | SpeechBatches | FrameBatches:
         if stage.task == "text":
             if not self.texts:
                 raise TrainingError(f"stage {stage.name!r} needs text: give --text FILE")
-            options = {"batch_tokens": int(stage.batch), "seed": self.config.seed, "epoch": epoch}
+            options = {"batch_tokens": int(stage.batch), "seed": self.stage_seed, "epoch": epoch}
             return MisreadBatches(self.texts, self.processor, **options)
-        plan = plan_epoch(self.sources, batch_seconds=stage.batch, seed=self.config.seed, epoch=epoch)
+        plan = plan_epoch(self.sources, batch_seconds=stage.batch, seed=self.stage_seed, epoch=epoch)
         if self._cache is not None:
             return FrameBatches(plan, self.processor, self._cache)
-        return SpeechBatches(plan, self.processor, stage.augmentation, seed=self.config.seed, epoch=epoch)
+        return SpeechBatches(plan, self.processor, stage.augmentation, seed=self.stage_seed, epoch=epoch)
 
     def _batches(self, stage: Stage) -> Iterator[Any]:
         """The stage's batches from update `self.update` on; process r of w takes every w-th."""
