@@ -31,7 +31,6 @@ STRATEGIES: tuple[Strategy, ...] = (
     *(DecodingOptions(strategy="verify", drafts=drafts) for drafts in ("mtp", "ctc", "both")),
     *(DecodingOptions(strategy="threshold", threshold=threshold) for threshold in (0.9, 0.7, 0.5)),
 )
-AUTOREGRESSIVE = 1
 TEST_SETS = {
     "librispeech/test (official test-clean)": "librispeech",
     "commonvoice_en/test": "commonvoice_en",
@@ -164,7 +163,8 @@ def main() -> None:
         page += accuracy_table(reports)
         figures += [report.figures() for report in reports]
         if peers:
-            lines, rates = peer_table(reports[AUTOREGRESSIVE], written, compared)
+            autoregressive = next(report for report in reports if report.strategy == "autoregressive")
+            lines, rates = peer_table(autoregressive, written, compared)
             page += lines
             figures += rates
     first_manifest, first_use = next(iter(sets.values()))

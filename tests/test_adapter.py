@@ -100,7 +100,7 @@ def test_what_ctc_reads_against_a_loop(stacking):
     logits[..., 5:] -= 4  # few tokens: repetitions
     logits[..., PAD] += 1  # and blanks
     lengths = torch.tensor([11, 6, 1])
-    read = project.read_ctc(logits, lengths, embeddings)
+    read = project.read_ctc(logits, project.best_tokens(logits, lengths), lengths, embeddings)
     assert read.shape == (3, -(-11 // stacking), 32)
     for row, length in enumerate(lengths.tolist()):
         posterior = logits[row, :length].float().softmax(-1).double()

@@ -258,7 +258,10 @@ def test_frames_are_of_these_weights_and_this_audio(data, trained, tmp_path):
     assert fingerprint(model.encoder, reloaded) == fingerprint(model.encoder, processor)
     model.encoder.pooling_layer = 1
     assert EncoderCache(tmp_path, model.encoder, processor).missing(cuts[:1]) == cuts[:1]
-    model.encoder.pooling_layer = 2
+    folders = set()
+    for model.encoder.pooling_layer in (None, 0, 1, 2):
+        folders.add(EncoderCache(tmp_path, model.encoder, processor).folder)
+    assert len(folders) == 4
     assert EncoderCache(tmp_path, model.encoder, processor).missing(cuts[:1]) == []
     with torch.no_grad():
         model.encoder.encoder.layers[1].fc2.bias[3] += 1e-3

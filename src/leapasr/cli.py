@@ -46,7 +46,9 @@ Top = Annotated[int | None, typer.Option(help="For --strategy relaxed: accepted 
 Heads = Annotated[int | None, typer.Option(help="Heads to use, head 1 included; all without it.")]
 Drafts = Annotated[
     Literal["mtp", "ctc", "both"] | None,
-    typer.Option(help="For --strategy verify: check the heads' tokens (mtp), CTC's tokens, or both in one draft."),
+    typer.Option(
+        help="For --strategy verify or relaxed: check the heads' tokens (mtp), CTC's tokens, or both in one draft."
+    ),
 ]
 BatchSize = Annotated[int, typer.Option(min=1, help="Stretches of audio computed together.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; a GPU, if there is one, without it.")]

@@ -253,7 +253,7 @@ class Transcriber:
         return DecodedBatch(results, timer.seconds)
 
     def _drafters(self, batch: EncodedBatch, options: DecodingOptions) -> list[Drafter] | None:
-        if options.drafts not in ("ctc", "both"):
+        if not options.reads_ctc:
             return None
         end_token = min(self.decoder.end_tokens)
         readings = read_ctc(batch.ctc_logits_BTV, batch.ctc_lengths_B, blank=self.model.config.blank_token_id)

@@ -163,7 +163,7 @@ class DecodingLoop:
         """
         num_rows = len(prompts.lengths_B)
         if drafters is None:
-            if self.options.drafts in ("ctc", "both"):
+            if self.options.reads_ctc:
                 raise ValueError(f"drafts {self.options.drafts!r} need what CTC read: give each row its drafter")
             drafters = [MTPDrafter() for _ in range(num_rows)]
         if len(drafters) != num_rows:

@@ -95,6 +95,11 @@ class DecodingOptions:
         if self.max_repeats is not None and self.max_repeats < 2:
             raise ValueError(f"max_repeats must be at least 2, got {self.max_repeats}: None turns the guard off")
 
+    @property
+    def reads_ctc(self) -> bool:
+        """Whether drafts come from what CTC read, which each row's drafter must then be given."""
+        return self.drafts in ("ctc", "both")
+
     def check(self, num_heads: int) -> None:
         """Check what only the model can tell.
 

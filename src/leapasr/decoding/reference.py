@@ -16,6 +16,7 @@ from leapasr.decoding.guards import Guards, guard_rows
 from leapasr.decoding.interface import Decoder, Prompts
 from leapasr.decoding.options import DecodingOptions, DecodingResult
 from leapasr.decoding.trace import TokenRecord
+from leapasr.model.speech_llama import causal_mask
 
 
 def full_forward(decoder: Decoder, embeddings_LD: Tensor, first_positions: Tensor | None = None) -> Tensor:
@@ -24,8 +25,8 @@ def full_forward(decoder: Decoder, embeddings_LD: Tensor, first_positions: Tenso
     positions_L = torch.arange(L, device=decoder.device)
     if first_positions is not None:
         positions_L[: len(first_positions)] = first_positions
-    mask_LL = torch.full((L, L), torch.finfo(decoder.dtype).min, dtype=decoder.dtype, device=decoder.device).triu(1)
-    return decoder.call(embeddings_LD[None], positions_L[None], mask_LL[None, None], None)[0]
+    mask_11LL = causal_mask(L, decoder.dtype, decoder.device)
+    return decoder.call(embeddings_LD[None], positions_L[None], mask_11LL, None)[0]
 
 
 @torch.inference_mode()

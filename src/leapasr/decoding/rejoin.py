@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from copy import copy
 
 import numpy as np
 
@@ -29,9 +30,7 @@ class Rejoining:
 
     def copy(self) -> Rejoining:
         """One that goes its own way from here."""
-        other = Rejoining.__new__(Rejoining)
-        other.reading, other.costs = self.reading, self.costs
-        other.num_emitted, other.place = self.num_emitted, self.place
+        other = copy(self)  # `advance` replaces the costs and changes only `_recent` in place
         other._recent = self._recent.copy()
         return other
 

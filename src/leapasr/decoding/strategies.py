@@ -99,7 +99,7 @@ class RelaxedVerification(Verification):
 
 def build_strategy(options: DecodingOptions, num_heads: int) -> Strategy:
     """The strategy that `options` name, for a model of `num_heads` heads."""
-    num_guesses = (options.num_heads or num_heads) - 1
+    num_guesses = 0 if options.drafts == "ctc" else (options.num_heads or num_heads) - 1
     match options.strategy:
         case "autoregressive":
             return Autoregressive()
@@ -107,9 +107,7 @@ def build_strategy(options: DecodingOptions, num_heads: int) -> Strategy:
             assert options.threshold is not None
             return Threshold(num_guesses, options.threshold)
         case "verify":
-            return Verification(0 if options.drafts == "ctc" else num_guesses)
+            return Verification(num_guesses)
         case "relaxed":
             assert options.ratio is not None
-            return RelaxedVerification(
-                0 if options.drafts == "ctc" else num_guesses, ratio=options.ratio, top=options.top or DEFAULT_TOP
-            )
+            return RelaxedVerification(num_guesses, ratio=options.ratio, top=options.top or DEFAULT_TOP)

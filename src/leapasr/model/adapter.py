@@ -91,9 +91,9 @@ class SpeechProjection(nn.Module):
         """Returns speech embeddings (B, L, D), L = ceil(T / stacking), their lengths (B,) and positions (B, L)."""
         stacked, stacked_lengths_B = stack_frames(frames_BTD, lengths_B, self.stacking)
         embeddings = self.projection(stacked)
-        if self.ctc_in_prompt:
-            embeddings = embeddings + self.read_ctc(ctc_logits_BTV, lengths_B, token_embeddings_VD)
         ids_BT = self.best_tokens(ctc_logits_BTV, lengths_B)
+        if self.ctc_in_prompt:
+            embeddings = embeddings + self.read_ctc(ctc_logits_BTV, ids_BT, lengths_B, token_embeddings_VD)
         missing = -ids_BT.shape[1] % self.stacking
         ids_BLS = nn.functional.pad(ids_BT, (0, missing), value=self.blank).unflatten(1, (-1, self.stacking))
         return embeddings, stacked_lengths_B, self.positions(ids_BLS, stacked_lengths_B)
@@ -115,13 +115,18 @@ class SpeechProjection(nn.Module):
         begun_BL = begins(ids_BLS.flatten(1), self.blank).cumsum(1).view(B, L, S)[..., -1]
         return lengths_B[:, None] + (begun_BL - 1).clamp(min=0)
 
-    def read_ctc(self, ctc_logits_BTV: Tensor, lengths_B: Tensor, token_embeddings_VD: Tensor) -> Tensor:
-        """What CTC reads in every stacked frame (B, ceil(T / stacking), D), summed over its frames."""
+    def read_ctc(
+        self, ctc_logits_BTV: Tensor, ids_BT: Tensor, lengths_B: Tensor, token_embeddings_VD: Tensor
+    ) -> Tensor:
+        """What CTC reads in every stacked frame (B, ceil(T / stacking), D), summed over its frames.
+
+        Args:
+            ids_BT: `best_tokens` of the logits.
+        """
         posterior = torch.softmax(ctc_logits_BTV.detach().float(), -1)
-        best_BT = self.best_tokens(ctc_logits_BTV, lengths_B)
         posterior[..., self.blank] = 0
         expected = posterior.to(token_embeddings_VD.dtype) @ token_embeddings_VD
-        stacked, _ = stack_frames(self.read_tokens(expected, best_BT), lengths_B, self.stacking)
+        stacked, _ = stack_frames(self.read_tokens(expected, ids_BT), lengths_B, self.stacking)
         B, T, _ = stacked.shape
         return stacked.view(B, T, self.stacking, -1).sum(2)
 

@@ -45,8 +45,8 @@ def fingerprint(encoder: nn.Module, processor: SpeechLlamaProcessor) -> str:
     That is the encoder's weights, where it pools, the dtype that it computes in, and the settings of the features.
     """
     settings = processor.feature_extractor.to_dict().items()
-    numbers = {name: value for name, value in settings if isinstance(value, int | float)}
-    numbers |= {"pooling_layer": getattr(encoder, "pooling_layer", None) or 0}
+    numbers: dict[str, float | None] = {name: value for name, value in settings if isinstance(value, int | float)}
+    numbers["pooling_layer"] = getattr(encoder, "pooling_layer", None)  # None is nowhere, 0 before the first layer
     digest = hashlib.sha256(json.dumps(numbers, sort_keys=True).encode())
     for name, value in encoder.state_dict().items():
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
