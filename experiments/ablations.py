@@ -1,10 +1,12 @@
 """What each ingredient brings: one training run without it, at a small budget, against one with all of them.
 
-    python experiments/ablations.py --encoder WHISPER --text en.txt.xz --manifest librispeech.jsonl … \\
+    python experiments/ablations.py --encoder WHISPER --text-model work/run/text --manifest librispeech.jsonl … \\
         --synthetic synthetic.jsonl --dev dev.jsonl
 
-Every run takes the same number of updates of the same size from the same seed. Writes docs/ablations.md and .json;
-a run whose figures are in the work folder is not repeated.
+Every run takes the same number of updates of the same size from the same seed. Copying emerges only after hundreds
+of text updates, so the runs do not repeat the text stages: they begin with the decoder and heads of `--text-model`,
+the folder that a run's last text stage left. Writes docs/ablations.md and .json; a run whose figures are in the work
+folder is not repeated.
 """
 
 from __future__ import annotations
@@ -24,8 +26,11 @@ from leapasr.data.manifests import read_manifest
 from leapasr.decoding import DecodingOptions
 from leapasr.evaluation.evaluate import evaluate
 from leapasr.model.checkpoints import load_encoder_config
-from leapasr.training.run import load_tokenizer, prepare
+from leapasr.training.run import load_initial, prepare
+from leapasr.training.trainer import TRAINED_PREFIXES
 from leapasr.transcriber import load
+
+LEARNT_FROM_TEXT = TRAINED_PREFIXES["language"] + TRAINED_PREFIXES["text"]
 
 
 @dataclass(frozen=True)
@@ -36,41 +41,39 @@ class Variant:
     model: ModelPreset
     stages: tuple[Stage, ...]
     manifests: dict[Path, float]
+    pretrained_decoder: bool = True
 
 
-def recipe(*, text: int, ctc: int, joint: int, batch: float) -> tuple[Stage, ...]:
-    """The stages of the shipped model, with few updates each."""
-    _, (text_stage, ctc_stage, *joint_stages) = tiny()
+def recipe(*, ctc: int, joint: int, batch: float) -> tuple[Stage, Stage]:
+    """The first and the last audio stage of the shipped model, with few updates each."""
+    stages = {stage.name: stage for stage in tiny()[1]}
     return (
-        replace(text_stage, updates=text, batch=1500, warmup=text // 10),
-        replace(ctc_stage, updates=ctc, batch=batch, warmup=ctc // 8),
-        replace(joint_stages[-1], updates=joint, batch=batch, warmup=joint // 8, frozen_encoder_layers=0),
+        replace(stages["ctc"], updates=ctc, batch=batch, warmup=ctc // 8),
+        replace(stages["joint"], updates=joint, batch=batch, warmup=joint // 8),
     )
 
 
 def variants(arguments: argparse.Namespace) -> list[Variant]:
     """The recipe with everything, and without one ingredient each."""
     model, _ = tiny(arguments.encoder)
-    stages = recipe(text=arguments.text_updates, ctc=arguments.ctc_updates, joint=arguments.joint_updates,
-                    batch=arguments.batch)  # fmt: skip
-    text, ctc, joint = stages
+    ctc, joint = recipe(ctc=arguments.ctc_updates, joint=arguments.joint_updates, batch=arguments.batch)
     real = dict.fromkeys(arguments.manifest, 1.0)
     manifests = real | {arguments.synthetic: arguments.synthetic_weight}
-    everything = Variant("everything", model, stages, manifests)
+    everything = Variant("everything", model, (ctc, joint), manifests)
     no_ctc = replace(model, fields=model.fields | {"ctc_in_prompt": False, "ctc_lookahead": 0, "ctc_positions": False})
     scratch = replace(model, encoder=load_encoder_config(arguments.encoder))
     no_pooling = replace(model, fields=model.fields | {"encoder_pooling_layer": None, "encoder_stacking": 2})
     found = [
         everything,
         replace(everything, name="encoder from random weights", model=scratch,
-                stages=(text, replace(ctc, frozen_encoder_layers=0), joint)),
-        replace(everything, name="encoder frozen", stages=(text, ctc, replace(joint, frozen_encoder_layers=None))),
+                stages=(replace(ctc, frozen_encoder_layers=0), replace(joint, frozen_encoder_layers=0))),
+        replace(everything, name="encoder frozen", stages=(ctc, replace(joint, frozen_encoder_layers=None))),
         replace(everything, name="no pooling (encoder at 50 frames a second)", model=no_pooling),
-        replace(everything, name="no LM pretraining", stages=(ctc, joint)),
+        replace(everything, name="no LM pretraining", pretrained_decoder=False),
         replace(everything, name="no CTC (neither loss nor prompt)", model=no_ctc,
-                stages=(text, replace(joint, ctc_weight=0.0, updates=ctc.updates + joint.updates))),
+                stages=(replace(joint, ctc_weight=0.0, updates=ctc.updates + joint.updates),)),
         replace(everything, name="no augmentation",
-                stages=(text, *(replace(stage, augmentation=NO_AUGMENTATION) for stage in (ctc, joint)))),
+                stages=tuple(replace(stage, augmentation=NO_AUGMENTATION) for stage in (ctc, joint))),
         replace(everything, name="no synthetic speech", manifests=real),
         replace(everything, name="head 1 alone (K = 1)", model=replace(model, fields=model.fields | {"num_heads": 1})),
     ]  # fmt: skip
@@ -86,14 +89,17 @@ def run(variant: Variant, arguments: argparse.Namespace, dev: Sequence) -> dict[
     done = folder / "figures.json"
     if done.exists():
         return json.loads(done.read_text())
-    tokenizer = arguments.work / "tokenizer"
-    if tokenizer.exists() and not (folder / "tokenizer").exists():
-        shutil.copytree(tokenizer, folder / "tokenizer")
+    text_model, processor = load_initial(arguments.text_model)
+    processor.tokenizer.save_pretrained(folder / "tokenizer")
     start = time.perf_counter()
     trainer = prepare(
-        variant.model, variant.stages, manifests=variant.manifests, dev=(), text=[arguments.text], output=folder,
+        variant.model, variant.stages, manifests=variant.manifests, dev=(), text=(), output=folder,
         seed=arguments.seed, report=lambda message: None, compile=False,
     )  # fmt: skip
+    if variant.pretrained_decoder:
+        wanted = trainer.model.state_dict()
+        learnt = {name: value for name, value in text_model.state_dict().items() if name.startswith(LEARNT_FROM_TEXT)}
+        trainer.model.load_state_dict({name: learnt[name] for name in wanted.keys() & learnt.keys()}, strict=False)
     model = trainer.run()
     seconds = time.perf_counter() - start
     chosen = [DecodingOptions(strategy="autoregressive")]
@@ -119,10 +125,10 @@ def page(rows: Sequence[dict[str, Any]], arguments: argparse.Namespace, num_dev:
     lines = [
         "# What each ingredient brings",
         "",
-        f"Small equal budgets ({arguments.text_updates} text, {arguments.ctc_updates} CTC and "
-        f"{arguments.joint_updates} joint updates of {arguments.batch:g} s, Whisper encoder "
-        f"`{Path(arguments.encoder).name}`), seed {arguments.seed}, WER on {num_dev} dev utterances. The figures show "
-        "what helps early, not where training ends.",
+        f"Small equal budgets ({arguments.ctc_updates} CTC and {arguments.joint_updates} joint updates of "
+        f"{arguments.batch:g} s, Whisper encoder `{Path(arguments.encoder).name}`, decoder and heads as the text "
+        f"stages left them), seed {arguments.seed}, WER on {num_dev} dev utterances. The figures show what helps "
+        "early, not where training ends.",
         "",
         "| run | CTC greedy WER % | decoder WER % (95% interval) | call reduction by verification |",
         "| --- | --- | --- | --- |",
@@ -137,13 +143,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--encoder", required=True, help="a Whisper encoder: hub name or folder")
     parser.add_argument("--other-encoder", type=Path, help="another one to compare it with")
-    parser.add_argument("--text", type=Path, required=True, help="prose, a paragraph a line")
+    parser.add_argument("--text-model", type=Path, required=True, help="model folder of a run's last text stage")
     parser.add_argument("--manifest", type=Path, action="append", required=True, help="training manifest")
     parser.add_argument("--synthetic", type=Path, required=True, help="training manifest of synthetic speech")
     parser.add_argument("--synthetic-weight", type=float, default=0.2)
     parser.add_argument("--dev", type=Path, required=True, help="dev manifest")
     parser.add_argument("--dev-utterances", type=int, default=100)
-    parser.add_argument("--text-updates", type=int, default=100)
     parser.add_argument("--ctc-updates", type=int, default=300)
     parser.add_argument("--joint-updates", type=int, default=150)
     parser.add_argument("--batch", type=float, default=60, help="seconds of audio an update")
@@ -154,14 +159,8 @@ def main() -> None:
 
     arguments.work.mkdir(parents=True, exist_ok=True)
     dev = list(read_manifest(arguments.dev, use="dev", limit=arguments.dev_utterances).cuts)
-    planned = variants(arguments)
-    if not (arguments.work / "tokenizer").exists():
-        from leapasr.data.synthesis import passages, read_paragraphs
-
-        texts = passages(read_paragraphs(arguments.text), seed=arguments.seed)
-        load_tokenizer(planned[0].model, texts, arguments.work / "tokenizer")
     rows = []
-    for variant in planned:
+    for variant in variants(arguments):
         rows.append(run(variant, arguments, dev))
         print(rows[-1], flush=True)
         arguments.output.mkdir(parents=True, exist_ok=True)

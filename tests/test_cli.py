@@ -101,6 +101,9 @@ def test_text_and_summary(run, transcriber, recordings):
         (["--heads", "2"], DecodingOptions(num_heads=2)),
         (["--drafts", "ctc"], DecodingOptions(drafts="ctc")),
         (["--drafts", "both"], DecodingOptions(drafts="both")),
+        (["--strategy", "relaxed", "--ratio", "0.3"], DecodingOptions(strategy="relaxed", ratio=0.3)),
+        (["--strategy", "beam", "--beam-size", "2"], DecodingOptions(strategy="beam", beam_size=2)),
+        (["--strategy", "beam", "--threshold", "0.5"], DecodingOptions(strategy="beam", threshold=0.5)),
     ],
 )
 def test_strategies(run, transcriber, recordings, arguments, options):
@@ -109,6 +112,17 @@ def test_strategies(run, transcriber, recordings, arguments, options):
     said, expected = json.loads(result.stdout), transcriber.transcribe(recordings / "a.flac", options)
     assert (said["text"], said["decoder_calls"]) == (expected.text, expected.decoder_calls)
     assert [segment["tokens"] for segment in said["segments"]] == [segment.tokens for segment in expected.segments]
+
+
+def test_the_best_texts_of_a_beam(run, transcriber, recordings):
+    command = ["--strategy", "beam", "--beam-size", 3, "--nbest", 2, "--format", "json"]
+    said = json.loads(run("transcribe", recordings / "a.flac", *command).stdout)
+    for segment in said["segments"]:
+        best, second = segment["nbest"]
+        assert best["text"] == segment["text"]
+        assert best["score"] >= second["score"]
+    greedy = json.loads(run("transcribe", recordings / "a.flac", "--format", "json").stdout)
+    assert all(segment["nbest"] == [] for segment in greedy["segments"])
 
 
 def test_word_times_in_json_and_subtitles(run, recordings):
@@ -235,7 +249,13 @@ def test_reading_takes_the_memory_of_the_result(tmp_path):
         (["--strategy", "threshold", "--threshold", "-0.1"], "threshold is a probability from 0 to 1, got -0.1"),
         (["--strategy", "threshold", "--threshold", "nan"], "threshold is a probability from 0 to 1, got nan"),
         (["--threshold", "0.9"], "threshold 0.9 has no meaning for strategy 'verify'"),
-        (["--strategy", "autoregressive", "--drafts", "ctc"], "drafts 'ctc' are for strategies verify and relaxed"),
+        (["--strategy", "autoregressive", "--drafts", "ctc"], "drafts 'ctc' are for strategies verify, relaxed"),
+        (["--strategy", "beam", "--nbest", "2"], "2 texts of the same audio do not fit format 'txt': choose 'json'"),
+        (
+            ["--strategy", "beam", "--beam-size", "2", "--nbest", "3"],
+            "nbest must be from 1 to the beam's size 2, got 3",
+        ),
+        (["--beam-size", "2"], "beam_size 2 and nbest None have no meaning for strategy 'verify'"),
         (["--strategy", "autoregressive", "--heads", "3"], "strategy 'autoregressive' uses head 1 only"),
         (["--device", "warp"], "device 'warp' cannot be used"),
     ],
@@ -252,7 +272,7 @@ def test_wrong_options(tiny_model_folder, recordings, manifest, command, argumen
     "arguments",
     [
         ["transcribe"],
-        ["transcribe", "a.wav", "--strategy", "beam"],
+        ["transcribe", "a.wav", "--strategy", "wave"],
         ["transcribe", "a.wav", "--format", "doc"],
         ["transcribe", "a.wav", "--batch-size", "0"],
         ["transcribe", "a.wav", "--dtype", "int4"],

@@ -69,6 +69,9 @@ class ScriptedDrafter:
         right = self.script[len(emitted) : len(emitted) + self.num_drafts]
         return [DraftToken(self.corrupt(token, j), 0.5, f"script{j}") for j, token in enumerate(right)]
 
+    def copy(self):
+        return self
+
 
 def corruption(kind: str, seed: int = 0) -> Callable[[int, int], int]:
     """What becomes of the right token at place j of a draft."""

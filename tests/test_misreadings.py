@@ -96,6 +96,17 @@ def test_a_batch_is_blanks_runs_and_the_misread_text(processor, texts):
     assert 3 < num_exact < len(texts) / 2
 
 
+def test_unread_batches_hold_every_text_and_nothing_before_it(processor, texts):
+    batches = MisreadBatches(texts, processor, batch_tokens=400, seed=1, epoch=0, unread=True)
+    seen = []
+    for batch in map(batches.__getitem__, range(len(batches))):
+        assert batch.read_ids.shape == batch.read_weights.shape == (len(batch.text_ids), 0)
+        assert batch.read_lengths.eq(0).all()
+        pairs = zip(batch.text_ids, batch.text_lengths.tolist(), strict=True)
+        seen += [processor.decode_text(ids[:length].tolist()) for ids, length in pairs]
+    assert sorted(seen) == sorted(texts)
+
+
 def test_shapes_are_few_and_padding_is_bounded(processor, texts):
     shapes, num_tokens, size = set(), 0, 0
     for epoch in range(3):

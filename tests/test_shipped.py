@@ -9,7 +9,7 @@ import torch
 from leapasr.audio import read_audio
 from leapasr.chunks import Chunk
 from leapasr.decoding import DecodingOptions
-from leapasr.decoding.reference import decode_reference, full_forward
+from leapasr.decoding.reference import beam_reference, decode_reference, full_forward
 from leapasr.evaluation.evaluate import NORMALIZER
 from leapasr.evaluation.scoring import count_errors
 from leapasr.model.speech_llama import SpeechLlamaForConditionalGeneration
@@ -65,6 +65,18 @@ def test_verification_writes_what_autoregression_writes_in_fewer_calls(transcrib
     assert [result.tokens for result in plain] == [result.tokens for result in reference]
     assert [result.tokens for result in verified] == [result.tokens for result in reference]
     assert sum(result.num_calls for result in verified) < sum(result.num_calls for result in plain) / 2
+
+
+@pytest.mark.parametrize("drafts", ["mtp", "both"])
+def test_a_beam_is_the_textbooks_in_fewer_calls(transcriber, batch, drafts):
+    options = DecodingOptions(strategy="beam", drafts=drafts, nbest=2)
+    results = transcriber.decode(batch, options).results
+    expected = beam_reference(transcriber.decoder, batch.prompts, options, max_tokens=batch.max_tokens)
+    for result, hypotheses in zip(results, expected, strict=True):
+        assert [each.tokens for each in result.hypotheses] == [each.tokens for each in hypotheses]
+        scores = [each.score for each in hypotheses]
+        assert [each.score for each in result.hypotheses] == pytest.approx(scores, abs=1e-2)
+        assert 2 * result.num_calls < len(result.trace)
 
 
 def test_a_recording_alone_gives_what_it_gives_in_a_batch(transcriber, batch):

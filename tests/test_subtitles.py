@@ -13,7 +13,7 @@ def transcription(*segments, audio_seconds=4000.0):
 
 def segment(start, end, text, words=()):
     trace = [TokenRecord(7, 0, "head2", 0.5, -0.1, DraftToken(3, 0.4, "head3"))]
-    return Segment(start, end, text, [7], 1, None, trace, list(words))
+    return Segment(start, end, text, [7], 1, None, trace, words=list(words))
 
 
 def spoken(text, *, start=0.0, seconds=0.5):

@@ -38,8 +38,8 @@ def small_tiny(encoder: str | None = None):
     decoder = small_llama(VOCAB_SIZE, size=32, layers=1, ffn=64, heads=2)
     model = replace(model, decoder=decoder, vocab_size=VOCAB_SIZE, fields=model.fields | fields | {"num_heads": 3})
     stages = tuple(
-        replace(s, updates=3, warmup=1, batch=200 if s.task == "text" else 10, frozen_encoder_layers=frozen)
-        for s, frozen in zip(stages, (0, None, 1, 1), strict=True)
+        replace(s, updates=3, warmup=1, batch=200 if s.reads_text else 10, frozen_encoder_layers=frozen)
+        for s, frozen in zip(stages, (0, 0, None, 1, 1), strict=True)
     )
     return model, stages
 
@@ -95,11 +95,12 @@ def test_one_command_trains_every_stage(data):
     output = data["output"]
     assert folder == output / "model"
     logged = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    order = ("text", "ctc", "encoder", "joint")
+    order = ("language", "text", "ctc", "encoder", "joint")
     assert [(line["stage"], line["update"]) for line in logged] == [(stage, 3) for stage in order]
     assert {"dev_ce_1"} <= logged[0].keys()
-    assert {"dev_ctc", "dev_ctc_wer"} <= logged[1].keys()
-    assert {"dev_ctc_wer", "dev_accuracy_1", "dev_accuracy_3"} <= logged[3].keys()
+    assert {"dev_ce_1", "dev_ce_3"} <= logged[1].keys()
+    assert {"dev_ctc", "dev_ctc_wer"} <= logged[2].keys()
+    assert {"dev_ctc_wer", "dev_accuracy_1", "dev_accuracy_3"} <= logged[4].keys()
 
     pretrained = WhisperModel.from_pretrained(data["encoder"]).encoder.state_dict()
     stages = {stage: saved_state(output / stage) for stage in order}
@@ -108,6 +109,7 @@ def test_one_command_trains_every_stage(data):
         assert torch.equal(stages["text"][name], weight)
         assert torch.equal(stages["ctc"][name], weight)
     for stage, before, name, changes in (
+        ("text", "language", "decoder.lm_head.weight", True),
         ("ctc", "text", "ctc_head.weight", True),
         ("ctc", "text", "decoder.lm_head.weight", False),
         ("encoder", "ctc", "encoder.encoder.layers.0.fc1.weight", False),
@@ -299,9 +301,9 @@ def test_an_interrupted_cache_keeps_whole_shards(data, trained, tmp_path, monkey
     ("changes", "message"),
     [
         ({"preset": "huge"}, "unknown preset 'huge': choose one of tiny, base, heads"),
-        ({"stages": "ctc,mwer"}, "unknown stages mwer: this preset has text, ctc, encoder, joint"),
+        ({"stages": "ctc,mwer"}, "unknown stages mwer: this preset has language, text, ctc, encoder, joint"),
         ({"updates": 0}, "updates must be at least 1, got 0"),
-        ({"text": []}, "the stage 'text' has no text"),
+        ({"text": []}, "the stage 'language' has no text"),
         ({"text": [], "stages": "ctc"}, "a tokenizer must be trained first"),
         ({"manifests": []}, "no training manifest"),
         ({"manifests": ["nowhere.jsonl"]}, r"nowhere\.jsonl does not exist"),

@@ -27,14 +27,15 @@ app = typer.Typer(
 
 Model = Annotated[str | None, typer.Option(help="Model folder or hub name; without it, the model in the package.")]
 Strategy = Annotated[
-    Literal["autoregressive", "threshold", "verify", "relaxed"],
+    Literal["autoregressive", "threshold", "verify", "relaxed", "beam"],
     typer.Option(
-        help="One token per call; heads trusted above a threshold; drafts checked by the next call; or those accepted "
-        "that the decoder finds nearly as likely as its best."
+        help="One token per call; heads trusted above a threshold; drafts checked by the next call; those accepted "
+        "that the decoder finds nearly as likely as its best; or the likeliest of several texts."
     ),
 ]
 Threshold = Annotated[
-    float | None, typer.Option(help="For --strategy threshold: least probability of a trusted token, 0 to 1.")
+    float | None,
+    typer.Option(help="For --strategy threshold: least probability of a trusted token, 0 to 1; for beam: trust heads."),
 ]
 Ratio = Annotated[
     float | None,
@@ -43,11 +44,12 @@ Ratio = Annotated[
     ),
 ]
 Top = Annotated[int | None, typer.Option(help="For --strategy relaxed: accepted tokens are among so many best; 3.")]
+BeamSize = Annotated[int | None, typer.Option(help="For --strategy beam: hypotheses kept; 4.")]
 Heads = Annotated[int | None, typer.Option(help="Heads to use, head 1 included; all without it.")]
 Drafts = Annotated[
     Literal["mtp", "ctc", "both"] | None,
     typer.Option(
-        help="For --strategy verify or relaxed: check the heads' tokens (mtp), CTC's tokens, or both in one draft."
+        help="For --strategy verify, relaxed, beam: check the heads' tokens (mtp), CTC's tokens, or both in one draft."
     ),
 ]
 BatchSize = Annotated[int, typer.Option(min=1, help="Stretches of audio computed together.")]
@@ -122,8 +124,12 @@ def transcribe(
     threshold: Threshold = None,
     ratio: Ratio = None,
     top: Top = None,
+    beam_size: BeamSize = None,
     heads: Heads = None,
     drafts: Drafts = None,
+    nbest: Annotated[
+        int | None, typer.Option(help="For --strategy beam: texts of each stretch of audio, for --format json.")
+    ] = None,
     format: Annotated[Literal["txt", "json", "srt", "vtt"], typer.Option(help="What to write.")] = "txt",
     output_dir: Annotated[
         Path | None, typer.Option(help="Folder for a transcript a file; without it, they are printed.")
@@ -135,13 +141,20 @@ def transcribe(
     """Transcribe audio files."""
     with reported():
         options = decoding_options(
-            strategy=strategy, threshold=threshold, ratio=ratio, top=top, num_heads=heads, drafts=drafts
+            strategy=strategy,
+            threshold=threshold,
+            ratio=ratio,
+            top=top,
+            beam_size=beam_size,
+            nbest=nbest,
+            num_heads=heads,
+            drafts=drafts,
         )
         from leapasr.transcriber import load
         from leapasr.transcribing import audio_files, check_output, transcribe_files
 
         found = audio_files(files)
-        check_output(found, format=format, output_folder=output_dir)
+        check_output(found, format=format, output_folder=output_dir, nbest=nbest)
         quiet_libraries()
         transcriber = load(model, device=device, dtype=dtype)
         options.check(transcriber.decoder.num_heads)
@@ -170,6 +183,7 @@ def evaluate(
     threshold: Threshold = None,
     ratio: Ratio = None,
     top: Top = None,
+    beam_size: BeamSize = None,
     heads: Heads = None,
     drafts: Drafts = None,
     use: Annotated[Literal["train", "dev", "test"] | None, typer.Option(help="Only utterances of this use.")] = None,
@@ -185,7 +199,13 @@ def evaluate(
 
     with reported():
         options = decoding_options(
-            strategy=strategy, threshold=threshold, ratio=ratio, top=top, num_heads=heads, drafts=drafts
+            strategy=strategy,
+            threshold=threshold,
+            ratio=ratio,
+            top=top,
+            beam_size=beam_size,
+            num_heads=heads,
+            drafts=drafts,
         )
         from leapasr.data.manifests import read_manifest
         from leapasr.evaluation.evaluate import evaluate as evaluate_cuts

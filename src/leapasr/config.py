@@ -11,17 +11,18 @@ from transformers import LlamaConfig, ParakeetEncoderConfig, PreTrainedConfig
 
 from leapasr.data.augmentation import NO_AUGMENTATION, Augmentation
 
-Task = Literal["text", "ctc", "joint", "heads"]
+Task = Literal["language", "text", "ctc", "joint", "heads"]
 
 
 @dataclass(frozen=True)
 class Stage:
     """One stretch of training.
 
-    task: ``text`` (decoder on misread text), ``ctc`` (encoder, adapter and CTC head), ``joint`` (everything: CTC and
-        the K heads), ``heads`` (heads 2..K of a frozen model).
+    task: ``language`` (decoder and head 1, as a language model), ``text`` (decoder and heads on misread text),
+        ``ctc`` (encoder, adapter and CTC head), ``joint`` (everything: CTC and the K heads), ``heads`` (heads 2..K of
+        a frozen model).
     updates: optimizer updates.
-    batch: seconds of audio in an update (with padding), or text tokens for ``text``.
+    batch: seconds of audio in an update (with padding), or text tokens.
     learning_rate: the peak; linear warm-up over `warmup` updates, then linear decay to `final_lr` of it.
     frozen_encoder_layers: encoder layers (from the bottom) without gradient; None freezes them all.
     lr_scale: factor on the learning rate by parameter-name prefix.
@@ -47,9 +48,14 @@ class Stage:
     augmentation: Augmentation = field(default_factory=Augmentation)
 
     @property
+    def reads_text(self) -> bool:
+        """Whether the stage trains on text alone."""
+        return self.task in ("language", "text")
+
+    @property
     def encoder_is_frozen(self) -> bool:
         """Whether the stage hears audio through an encoder of which nothing trains."""
-        return self.task == "heads" or (self.task != "text" and self.frozen_encoder_layers is None)
+        return self.task == "heads" or (not self.reads_text and self.frozen_encoder_layers is None)
 
     def weights(self, num_heads: int) -> tuple[float, ...]:
         """Weights of heads 1..K.
@@ -160,6 +166,7 @@ def tiny(encoder: str | None = None) -> tuple[ModelPreset, tuple[Stage, ...]]:
         max_feature_mask=15,
     )  # fmt: skip
     stages = (
+        Stage("language", "language", updates=1000, batch=8000, learning_rate=1.5e-3),
         Stage("text", "text", updates=900, batch=3000, learning_rate=1e-3, slips=0.1, augmentation=NO_AUGMENTATION),
         # CTC leaves its all-blank plateau after 150 to 200 updates; the encoder must not move before that
         Stage("ctc", "ctc", updates=320, batch=65, learning_rate=1e-3, warmup=40, frozen_encoder_layers=None),

@@ -97,6 +97,7 @@ def as_json(transcription: Transcription, *, audio: str) -> str:
             "words": [
                 {"text": word.text, "start": round(word.start, 3), "end": round(word.end, 3)} for word in segment.words
             ],
+            "nbest": [{"text": text, "score": score} for text, score in segment.alternatives],
             "trace": [record._asdict() for record in segment.trace],
         }
         for segment in transcription.segments

@@ -197,6 +197,7 @@ class Transcriber:
             decoder_calls=result.num_calls,
             truncated=result.truncated,
             trace=result.trace,
+            alternatives=[(self.processor.decode_text(each.tokens), each.score) for each in result.hypotheses],
             words=words,
         )
 

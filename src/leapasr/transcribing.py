@@ -95,8 +95,12 @@ def output_paths(files: Sequence[Path], folder: Path, suffix: str) -> list[Path]
     ]
 
 
-def check_output(files: Sequence[Path], *, format: Format, output_folder: Path | None) -> None:
-    """Raises ValueError where transcripts of `files` have no place to go."""
+def check_output(
+    files: Sequence[Path], *, format: Format, output_folder: Path | None, nbest: int | None = None
+) -> None:
+    """Raises ValueError where transcripts of `files`, or `nbest` of a stretch of audio, have no place to go."""
+    if (nbest or 1) > 1 and format != "json":
+        raise ValueError(f"{nbest} texts of the same audio do not fit format {format!r}: choose 'json'")
     if output_folder is None and len(files) > 1 and format in ("srt", "vtt"):
         raise ValueError(f"{len(files)} files do not fit one stream of {format} subtitles: give an output folder")
     if output_folder is not None and output_folder.exists() and not output_folder.is_dir():
@@ -128,7 +132,7 @@ def transcribe_files(
         ValueError: the options do not fit the model or each other.
         OSError: the output folder cannot be written.
     """
-    check_output(files, format=format, output_folder=output_folder)
+    check_output(files, format=format, output_folder=output_folder, nbest=options.nbest)
     outputs = None if output_folder is None else output_paths(files, output_folder, format)
     summary, start = Summary(), time.perf_counter()
     results = transcriber.transcribe_each(

@@ -39,6 +39,7 @@ class Segment:
         decoder_calls: decoder calls that it took, the prefill included.
         truncated: None if the decoder ended the text, else ``length`` or ``repetition``.
         trace: a record of each token that was emitted, end-of-text included; see `leapasr.decoding.trace`.
+        alternatives: of a beam search, its texts with their scores (natural logs), `text` first; else none.
         words: with times; empty unless they were asked for, or where the text is too long for the audio to hold it.
     """
 
@@ -49,6 +50,7 @@ class Segment:
     decoder_calls: int
     truncated: Truncation | None
     trace: list[TokenRecord] = field(repr=False)
+    alternatives: list[tuple[str, float]] = field(default_factory=list, repr=False)
     words: list[Word] = field(default_factory=list, repr=False)
 
 

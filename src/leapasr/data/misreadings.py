@@ -122,12 +122,22 @@ def _rounded(length: float) -> int:
 
 
 class MisreadBatches(Dataset):
-    """Batches of about `batch_tokens` text tokens of `texts`, by like length; item i depends on (seed, epoch, i)."""
+    """Batches of about `batch_tokens` text tokens of `texts`, by like length; item i depends on (seed, epoch, i).
+
+    With ``unread`` nothing is read before the text: a plain language model's batches.
+    """
 
     def __init__(
-        self, texts: Sequence[str], processor: SpeechLlamaProcessor, *, batch_tokens: int, seed: int, epoch: int
+        self,
+        texts: Sequence[str],
+        processor: SpeechLlamaProcessor,
+        *,
+        batch_tokens: int,
+        seed: int,
+        epoch: int,
+        unread: bool = False,
     ):
-        self.processor, self.seed, self.epoch = processor, seed, epoch
+        self.processor, self.seed, self.epoch, self.unread = processor, seed, epoch, unread
         self.batch_tokens = batch_tokens
         self.alike = alike_tokens(processor.tokenizer)
         rng = random.Random(f"{seed}/{epoch}")
@@ -155,6 +165,8 @@ class MisreadBatches(Dataset):
         texts, reads, weights = [], [], []
         for text in self.batches[index]:
             texts.append(self.processor.encode_text(text))
+            if self.unread:
+                continue
             read: list[int] = [blank] * rng.randrange(1, 4)
             misspelt = self.processor.encode_text(misread(text, rng.uniform(0, 0.4), rng))
             for token in misread_tokens(misspelt, rng.uniform(0, 0.25), self.alike, rng):
@@ -163,6 +175,9 @@ class MisreadBatches(Dataset):
             weights.append([rng.uniform(0.5, 1) for _ in reads[-1]])
         text_ids, text_lengths = pad_tokens(texts, blank)
         text_ids = pad(text_ids, (0, _rounded(text_ids.shape[1]) - text_ids.shape[1]), value=blank)
+        if self.unread:
+            nothing = torch.zeros(len(texts), 0, dtype=torch.long)
+            return TextBatch(nothing, nothing.float(), nothing.sum(1), text_ids, text_lengths)
         read_ids, read_lengths = pad_tokens(reads, blank)
         read_ids = pad(read_ids, (0, _rounded(read_ids.shape[1]) - read_ids.shape[1]), value=blank)
         read_weights = torch.zeros(read_ids.shape)

@@ -1,8 +1,9 @@
 """Decoding: from prompt embeddings to token ids. Sees ids, never text."""
 
+from leapasr.decoding.batch import build_loop, decode
 from leapasr.decoding.interface import CausalLMDecoder, Decoder, Prompts, SpeechLlamaDecoder
-from leapasr.decoding.loop import DecodingLoop, decode
-from leapasr.decoding.options import DecodingOptions, DecodingResult
+from leapasr.decoding.loop import DecodingLoop
+from leapasr.decoding.options import DecodingOptions, DecodingResult, Hypothesis
 
 __all__ = [
     "CausalLMDecoder",
@@ -10,7 +11,9 @@ __all__ = [
     "DecodingLoop",
     "DecodingOptions",
     "DecodingResult",
+    "Hypothesis",
     "Prompts",
     "SpeechLlamaDecoder",
+    "build_loop",
     "decode",
 ]

@@ -124,12 +124,14 @@ class RaggedCache(Cache):
         assert all(0 <= num <= width for num in num_committed), f"{num_committed} of {width} inputs committed"
         self.lengths = [length + num for length, num in zip(self.lengths, num_committed, strict=True)]
 
-    def select(self, rows: Sequence[int]) -> None:
-        """Make row i what row `rows[i]` was: drops, reorders and repeats rows."""
+    def select(self, rows: Sequence[int], lengths: Sequence[int] | None = None) -> None:
+        """Make row i what row `rows[i]` was, or its first `lengths[i]` slots: drops, reorders and repeats rows."""
         index = torch.tensor(rows, device=self.device)
         for layer in self.layers:
             layer.keys, layer.values = layer.keys.index_select(0, index), layer.values.index_select(0, index)
-        self.lengths = [self.lengths[row] for row in rows]
+        held = [self.lengths[row] for row in rows]
+        self.lengths = held if lengths is None else list(lengths)
+        assert all(length <= most for length, most in zip(self.lengths, held, strict=True)), (lengths, held)
 
     def join(self, other: RaggedCache) -> None:
         """Put the rows of `other`, which has run through the same decoder, behind the rows of this cache."""

@@ -7,6 +7,7 @@ guesses (a CTC output, say) goes into its drafter when the row is added.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Protocol
@@ -31,6 +32,9 @@ class Drafter(Protocol):
             guesses: what heads 2..K say comes next, one token each; none before the prefill.
         """
 
+    def copy(self) -> Drafter:
+        """One that goes on from here by itself."""
+
 
 @dataclass(frozen=True)
 class Reading:
@@ -45,6 +49,9 @@ class MTPDrafter:
 
     def propose(self, emitted: Sequence[int], guesses: Sequence[DraftToken]) -> Sequence[DraftToken]:
         return guesses
+
+    def copy(self) -> MTPDrafter:
+        return self
 
 
 class CTCDrafter:
@@ -82,10 +89,15 @@ class CTCDrafter:
             DraftToken(self.end_token, 1.0, "ctc"),
         ]
 
+    def copy(self) -> CTCDrafter:
+        other = copy(self)
+        other.rejoining = self.rejoining.copy()
+        return other
+
 
 def build_drafter(options: DecodingOptions, reading: Reading, *, end_token: int) -> Drafter:
     """The draft source that `options` name, for a row of which CTC read `reading`."""
-    match options.drafts:
+    match options.drafts_used:
         case "ctc":
             return CTCDrafter(reading, end_token=end_token)
         case "both":

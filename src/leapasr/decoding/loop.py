@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +46,7 @@ class _Row:
     num_calls: int = 0
     done: bool = False
     truncated: Truncation | None = None
+    num_lines: ClassVar[int] = 1
 
     def emit(self, record: TokenRecord, end_tokens: frozenset[int]) -> None:
         """Append one token, unless it ends the text; `done` tells whether the row ends here."""
@@ -173,8 +174,12 @@ class DecodingLoop:
         keys = range(self._num_added, self._num_added + num_rows)
         self._num_added += num_rows
         if num_rows:
-            self._waiting.append(([_Row(*row) for row in zip(keys, lengths, guards, drafters, strict=True)], prompts))
+            rows = [self._new_row(*row) for row in zip(keys, lengths, guards, drafters, strict=True)]
+            self._waiting.append((rows, prompts))
         return list(keys)
+
+    def _new_row(self, key: int, prompt_length: int, guards: Guards, drafter: Drafter) -> _Row:
+        return _Row(key, prompt_length, guards, drafter)
 
     @torch.inference_mode()
     def step(self) -> dict[int, DecodingResult]:
@@ -192,41 +197,42 @@ class DecodingLoop:
             rows, cache = self._rows, self._cache
             self._rows, self._cache = [], None
             self._advance(rows, cache, None)
-        going = [index for index, row in enumerate(rows) if not row.done]
+        going = [row for row in rows if not row.done]
         if going:
             if len(going) < len(rows):
-                cache.select(going)
+                stays = [not row.done for row in rows for _ in range(row.num_lines)]
+                cache.select([line for line, stay in enumerate(stays) if stay])
             if self._cache is None:
                 self._cache = cache
             else:
                 self._cache.join(cache)
-            self._rows = self._rows + [rows[index] for index in going]
+            self._rows = self._rows + going
         return {row.key: row.result() for row in rows if row.done}
 
     def _advance(self, rows: list[_Row], cache: RaggedCache, prompts: Prompts | None) -> None:
         """Feed pending tokens (or the prompts) and drafts, emit what comes of it, commit what holds."""
         drafts = [self._draft(row) for row in rows]
         tokens = [row.pending + [drafted.token for drafted in draft] for row, draft in zip(rows, drafts, strict=True)]
-        embeddings_BWD = self.decoder.embed(self._padded(tokens, 0))
-        if prompts is None:
-            num_known = [len(row.pending) for row in rows]
-        else:
-            num_known = [row.prompt_length for row in rows]
-            if any(drafts):
-                num_tokens_B = torch.tensor([len(row) for row in tokens], device=self.decoder.device)
-                embeddings_BWD, _ = join_rows(prompts.embeddings_BLD, prompts.lengths_B, embeddings_BWD, num_tokens_B)
-            else:
-                embeddings_BWD = prompts.embeddings_BLD
-
-        positions_BW, mask_B1WS = cache.plan(embeddings_BWD.shape[1], self.decoder.dtype)
-        if prompts is not None and prompts.positions_BL is not None:
-            positions_BW = join_positions(prompts.positions_BL, prompts.lengths_B, embeddings_BWD.shape[1])
-        hidden_BWD = self.decoder.call(embeddings_BWD, positions_BW, mask_B1WS, cache)
+        num_known = [len(row.pending) if prompts is None else row.prompt_length for row in rows]
+        hidden_BWD = self._call(tokens, cache, prompts)
         readings = self._read(hidden_BWD, num_known, drafts)
         for row, draft, reading in zip(rows, drafts, readings, strict=True):
             row.num_calls += 1
             self._emit(row, draft, reading)
         cache.commit([known + reading.num_accepted for known, reading in zip(num_known, readings, strict=True)])
+
+    def _call(self, tokens: Sequence[Sequence[int]], cache: RaggedCache, prompts: Prompts | None) -> Tensor:
+        """Feed each row's tokens, behind the prompts if given: hidden states (B, W, D) of all that was fed."""
+        embeddings_BWD = self.decoder.embed(self._padded(tokens, 0))
+        if prompts is not None and any(tokens):
+            num_tokens_B = torch.tensor([len(row) for row in tokens], device=self.decoder.device)
+            embeddings_BWD, _ = join_rows(prompts.embeddings_BLD, prompts.lengths_B, embeddings_BWD, num_tokens_B)
+        elif prompts is not None:
+            embeddings_BWD = prompts.embeddings_BLD
+        positions_BW, mask_B1WS = cache.plan(embeddings_BWD.shape[1], self.decoder.dtype)
+        if prompts is not None and prompts.positions_BL is not None:
+            positions_BW = join_positions(prompts.positions_BL, prompts.lengths_B, embeddings_BWD.shape[1])
+        return self.decoder.call(embeddings_BWD, positions_BW, mask_B1WS, cache)
 
     def _draft(self, row: _Row) -> Sequence[DraftToken]:
         """What the row's next call verifies: nothing that could not be emitted."""
@@ -308,24 +314,3 @@ class DecodingLoop:
                 return
         row.pending = [reading.tokens[num_accepted], *(guess.token for guess in trusted)]
         row.guesses = reading.guesses[len(trusted) :]
-
-
-def decode(
-    decoder: Decoder,
-    prompts: Prompts,
-    options: DecodingOptions,
-    *,
-    max_tokens: Sequence[int] | None = None,
-    drafters: Sequence[Drafter] | None = None,
-) -> list[DecodingResult]:
-    """Decode a batch of prompts: a result for each, in their order. Arguments as in `DecodingLoop`.
-
-    Raises:
-        ValueError: the options do not fit the decoder, or the arguments do not fit each other.
-    """
-    loop = DecodingLoop(decoder, options)
-    keys = loop.add(prompts, max_tokens=max_tokens, drafters=drafters)
-    results: dict[int, DecodingResult] = {}
-    while loop:
-        results |= loop.step()
-    return [results[key] for key in keys]

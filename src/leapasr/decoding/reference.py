@@ -1,6 +1,6 @@
-"""The slow, obvious reference: greedy decoding of one row at a time, without a cache.
+"""The slow, obvious references: greedy decoding and beam search of one row at a time, without a cache.
 
-It is the oracle of the tests: whatever `decode` does to be fast, exact strategies give these tokens.
+They are the oracles of the tests: whatever `decode` does to be fast, exact strategies give these tokens.
 
 Shapes: B rows, L positions, D width, V vocabulary.
 """
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from leapasr.decoding.guards import Guards, guard_rows
 from leapasr.decoding.interface import Decoder, Prompts
-from leapasr.decoding.options import DecodingOptions, DecodingResult
+from leapasr.decoding.options import DecodingOptions, DecodingResult, Hypothesis
 from leapasr.decoding.trace import TokenRecord
 from leapasr.model.speech_llama import causal_mask
 
@@ -61,3 +61,53 @@ def _decode_row(decoder: Decoder, prompt_LD: Tensor, positions_L: Tensor | None,
         if cut is not None:
             num_kept, truncated = cut
             return DecodingResult(tokens[:num_kept], len(trace), trace, truncated)
+
+
+@torch.inference_mode()
+def beam_reference(
+    decoder: Decoder, prompts: Prompts, options: DecodingOptions, *, max_tokens: Sequence[int] | None = None
+) -> list[list[Hypothesis]]:
+    """A textbook beam search: the hypotheses that `decode` gives with strategy ``beam`` and no threshold."""
+    lengths = prompts.lengths_B.tolist()
+    guards = guard_rows(options, decoder, lengths, max_tokens)
+    positions = [None] * len(lengths) if prompts.positions_BL is None else prompts.positions_BL
+    assert options.beam_size_used is not None
+    return [
+        _search_row(
+            decoder,
+            prompt_LD[:length],
+            None if places is None else places[:length],
+            row_guards,
+            beam_size=options.beam_size_used,
+            nbest=options.nbest or 1,
+        )
+        for prompt_LD, places, length, row_guards in zip(
+            prompts.embeddings_BLD, positions, lengths, guards, strict=True
+        )
+    ]
+
+
+def _search_row(
+    decoder: Decoder, prompt_LD: Tensor, positions_L: Tensor | None, guards: Guards, *, beam_size: int, nbest: int
+) -> list[Hypothesis]:
+    beam: list[tuple[list[int], float, Hypothesis | None]] = [([], 0.0, None)]  # the last once it has ended
+    while any(ended is None for _, _, ended in beam[:nbest]):
+        candidates: list[tuple[list[int], float, Hypothesis | None]] = []
+        for tokens, score, ended in beam:
+            if ended is not None:
+                candidates.append((tokens, score, ended))
+                continue
+            text = torch.tensor(tokens, dtype=torch.long, device=decoder.device)
+            embeddings = torch.cat([prompt_LD, decoder.embed(text[None])[0]])
+            log_probs_V = decoder.logits(full_forward(decoder, embeddings, positions_L)[-1]).log_softmax(-1)
+            for token, log_probability in enumerate(log_probs_V.tolist()):
+                total = score + log_probability
+                cut = None if token in decoder.end_tokens else guards.cut([*tokens, token])
+                if token in decoder.end_tokens:
+                    candidates.append((tokens, total, Hypothesis(tokens, total, None)))
+                elif cut is not None:
+                    candidates.append((tokens, total, Hypothesis([*tokens, token][: cut[0]], total, cut[1])))
+                else:
+                    candidates.append(([*tokens, token], total, None))
+        beam = sorted(candidates, key=lambda candidate: -candidate[1])[:beam_size]
+    return [ended for _, _, ended in beam[:nbest] if ended is not None]

@@ -11,7 +11,7 @@ from itertools import takewhile
 from torch import Tensor
 
 from leapasr.decoding.drafts import Drafter
-from leapasr.decoding.options import DEFAULT_TOP, DecodingOptions
+from leapasr.decoding.options import DecodingOptions
 from leapasr.decoding.trace import DraftToken
 
 
@@ -99,9 +99,9 @@ class RelaxedVerification(Verification):
 
 def build_strategy(options: DecodingOptions, num_heads: int) -> Strategy:
     """The strategy that `options` name, for a model of `num_heads` heads."""
-    num_guesses = 0 if options.drafts == "ctc" else (options.num_heads or num_heads) - 1
+    num_guesses = options.num_heads_used(num_heads) - 1
     match options.strategy:
-        case "autoregressive":
+        case "autoregressive" | "beam":  # a beam search has a loop of its own
             return Autoregressive()
         case "threshold":
             assert options.threshold is not None
@@ -110,4 +110,5 @@ def build_strategy(options: DecodingOptions, num_heads: int) -> Strategy:
             return Verification(num_guesses)
         case "relaxed":
             assert options.ratio is not None
-            return RelaxedVerification(num_guesses, ratio=options.ratio, top=options.top or DEFAULT_TOP)
+            assert options.top_used is not None
+            return RelaxedVerification(num_guesses, ratio=options.ratio, top=options.top_used)

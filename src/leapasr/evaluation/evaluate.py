@@ -25,7 +25,6 @@ from lhotse.cut import Cut
 from leapasr.audio import SAMPLE_RATE, resample
 from leapasr.chunks import Chunk, by_length, windows
 from leapasr.decoding import DecodingOptions
-from leapasr.decoding.options import DEFAULT_DRAFTS, DEFAULT_TOP, VERIFYING
 from leapasr.decoding.trace import TokenRecord, accept_length_histogram
 from leapasr.evaluation.scoring import (
     Interval,
@@ -60,8 +59,8 @@ class Report:
 
     Attributes:
         test_set: what was evaluated, for people to read.
-        strategy, threshold, ratio, top, drafts, num_heads: of the options, or ``ctc``; `num_heads` is what was used,
-            head 1 included, and `drafts` what was verified, None for other strategies.
+        strategy, threshold, ratio, top, beam_size, drafts, num_heads: of the options, or ``ctc``; `num_heads` is what
+            was used, head 1 included, and `drafts` what was verified, None for other strategies.
         batch_size, dtype, device: how it was computed.
         normalizer: what both sides go through before words are counted, `wer_plain` aside.
         wer, wer_low, wer_high: word error rate with its 95% interval, by bootstrap over utterances.
@@ -87,6 +86,7 @@ class Report:
     threshold: float | None
     ratio: float | None
     top: int | None
+    beam_size: int | None
     drafts: str | None
     num_heads: int
     batch_size: int
@@ -120,8 +120,8 @@ class Report:
 
     @property
     def label(self) -> str:
-        """The strategy in a few words: ``verify both``, ``threshold 0.9``, ``relaxed 0.3 both``."""
-        numbers = [f"{value:g}" for value in (self.threshold, self.ratio) if value is not None]
+        """The strategy in a few words: ``verify both``, ``threshold 0.9``, ``relaxed 0.3 both``, ``beam 4 both``."""
+        numbers = [f"{value:g}" for value in (self.beam_size, self.threshold, self.ratio) if value is not None]
         return " ".join([self.strategy, *numbers, *([self.drafts] if self.drafts else [])])
 
     def figures(self) -> dict[str, Any]:
@@ -222,23 +222,6 @@ class _Run:
         texts = [self.tallies[strategy].text(key) for key in self.cuts]
         return count_errors(list(map(_reference, self.cuts.values())), texts, normalizer)
 
-    def num_heads(self, strategy: Strategy) -> int:
-        if not isinstance(strategy, DecodingOptions):
-            return 0
-        if strategy.strategy == "autoregressive" or strategy.drafts == "ctc":
-            return 1
-        return strategy.num_heads or self.transcriber.decoder.num_heads
-
-    def drafts(self, strategy: Strategy) -> str | None:
-        if not isinstance(strategy, DecodingOptions) or strategy.strategy not in VERIFYING:
-            return None
-        return strategy.drafts or DEFAULT_DRAFTS
-
-    def top(self, strategy: Strategy) -> int | None:
-        if not isinstance(strategy, DecodingOptions) or strategy.strategy != "relaxed":
-            return None
-        return strategy.top or DEFAULT_TOP
-
     def report(self, strategy: Strategy) -> Report:
         baseline = _autoregressive(strategy)
         tally, baseline_tally = self.tallies[strategy], self.tallies[baseline]
@@ -249,12 +232,7 @@ class _Run:
         model = self.transcriber.model
         return Report(
             test_set=self.test_set,
-            strategy=strategy.strategy if isinstance(strategy, DecodingOptions) else strategy,
-            threshold=strategy.threshold if isinstance(strategy, DecodingOptions) else None,
-            ratio=strategy.ratio if isinstance(strategy, DecodingOptions) else None,
-            top=self.top(strategy),
-            drafts=self.drafts(strategy),
-            num_heads=self.num_heads(strategy),
+            **_settings(strategy, self.transcriber.decoder.num_heads),
             batch_size=self.batch_size,
             dtype=str(model.dtype).removeprefix("torch."),
             device=str(model.device),
@@ -342,6 +320,22 @@ def _autoregressive(strategy: Strategy) -> DecodingOptions:
     if not isinstance(strategy, DecodingOptions):
         return DecodingOptions(strategy="autoregressive")
     return DecodingOptions(strategy="autoregressive", max_tokens=strategy.max_tokens, max_repeats=strategy.max_repeats)
+
+
+def _settings(strategy: Strategy, num_heads: int) -> dict[str, Any]:
+    """What a report says of the strategy, for a model of `num_heads` heads."""
+    if not isinstance(strategy, DecodingOptions):
+        unset = dict.fromkeys(("threshold", "ratio", "top", "beam_size", "drafts"))
+        return {"strategy": strategy, "num_heads": 0} | unset
+    return {
+        "strategy": strategy.strategy,
+        "threshold": strategy.threshold,
+        "ratio": strategy.ratio,
+        "top": strategy.top_used,
+        "beam_size": strategy.beam_size_used,
+        "drafts": strategy.drafts_used,
+        "num_heads": strategy.num_heads_used(num_heads),
+    }
 
 
 def _reference(cut: Cut) -> str:

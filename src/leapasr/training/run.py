@@ -115,7 +115,7 @@ def prepare(
     if model.mtp_heads is None and any(stage.task == "heads" for stage in stages):
         raise ValueError("the model has head 1 alone (K = 1), and a stage trains further heads: give --heads K")
     sources, dev_cuts = [], []
-    if any(stage.task != "text" for stage in stages):
+    if not all(stage.reads_text for stage in stages):
         read = partial(read_usable, processor=processor, ctc_frame_rate=model.ctc_frame_rate, report=report)
         sources = [Source(read(path, "train"), weight) for path, weight in manifests.items()]
         if not any(source.draw(np.random.default_rng(seed)) for source in sources):
@@ -131,10 +131,10 @@ def check_data(config: TrainingConfig) -> None:
     Raises:
         ValueError: a stage has no data, or a file does not exist.
     """
-    tasks = {stage.task for stage in config.stages}
-    if "text" in tasks and not config.text:
-        raise ValueError("the stage 'text' has no text: give --text FILE, or choose other --stages")
-    if tasks - {"text"} and not config.manifests:
+    of_text = [stage.name for stage in config.stages if stage.reads_text]
+    if of_text and not config.text:
+        raise ValueError(f"the stage {of_text[0]!r} has no text: give --text FILE, or choose other --stages")
+    if len(of_text) < len(config.stages) and not config.manifests:
         raise ValueError("no training manifest: give --manifest FILE, or --stages text alone")
     for path in (*config.text, *config.manifests, *config.dev):
         if not path.exists():

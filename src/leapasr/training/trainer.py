@@ -38,6 +38,7 @@ from leapasr.training.losses import ctc_loss, mtp_loss, with_slips
 from leapasr.training.optimizer import MasterAdamW
 
 TRAINED_PREFIXES = {
+    "language": ("decoder.",),
     "text": ("decoder.", "mtp_heads.", "speech_projection.previous.", "speech_projection.following"),
     "ctc": ("encoder.", "adapter.", "ctc_head."),
     "joint": ("",),
@@ -91,7 +92,10 @@ class StageTask(torch.nn.Module):
             read_BLD = table(batch.read_ids) * batch.read_weights[..., None].to(table.weight.dtype)
             read_BLD = model.speech_projection.read_tokens(read_BLD, batch.read_ids)
             positions_BL = model.speech_projection.positions(batch.read_ids[..., None], batch.read_lengths)
-            head_logits = model.read_text(read_BLD, batch.read_lengths, positions_BL, self.read(batch))
+            num_heads = 1 if task == "language" else None
+            head_logits = model.read_text(
+                read_BLD, batch.read_lengths, positions_BL, self.read(batch), num_heads=num_heads
+            )
         else:
             with torch.set_grad_enabled(torch.is_grad_enabled() and task != "heads"):
                 encoding = self.encode(batch)
@@ -271,15 +275,18 @@ class Trainer:
         return self.config.seed + STAGE_SEEDS * self.stage_index
 
     def _dataset(self, stage: Stage, epoch: int) -> MisreadBatches | SpeechBatches | FrameBatches:
-        if stage.task == "text":
+        if stage.reads_text:
             if not self.texts:
                 raise TrainingError(f"stage {stage.name!r} needs text: give --text FILE")
-            options = {"batch_tokens": int(stage.batch), "seed": self.stage_seed, "epoch": epoch}
-            return MisreadBatches(self.texts, self.processor, **options)
+            return self._text_batches(stage, self.texts, int(stage.batch), seed=self.stage_seed, epoch=epoch)
         plan = plan_epoch(self.sources, batch_seconds=stage.batch, seed=self.stage_seed, epoch=epoch)
         if self._cache is not None:
             return FrameBatches(plan, self.processor, self._cache)
         return SpeechBatches(plan, self.processor, stage.augmentation, seed=self.stage_seed, epoch=epoch)
+
+    def _text_batches(self, stage: Stage, texts: list[str], batch_tokens: int, **place: int) -> MisreadBatches:
+        unread = stage.task == "language"
+        return MisreadBatches(texts, self.processor, batch_tokens=batch_tokens, unread=unread, **place)
 
     def _batches(self, stage: Stage) -> Iterator[Any]:
         """The stage's batches from update `self.update` on; process r of w takes every w-th."""
@@ -434,9 +441,9 @@ class Trainer:
         task = StageTask(self.model, stage)
         seed = self.config.seed
         batches: list[Batch | TextBatch]
-        if stage.task == "text":
-            misread = MisreadBatches(self.dev_texts, self.processor, batch_tokens=3000, seed=seed, epoch=0)
-            batches = [misread[i] for i in range(min(10, len(misread)))]
+        if stage.reads_text:
+            texts = self._text_batches(stage, self.dev_texts, 3000, seed=seed, epoch=0)
+            batches = [texts[i] for i in range(min(10, len(texts)))]
         elif self.dev:
             plan = plan_epoch([Source(self.dev)], batch_seconds=160, seed=seed, epoch=0)
             speech = SpeechBatches(plan, self.processor, NO_AUGMENTATION, seed=seed, epoch=0)
