@@ -77,8 +77,8 @@ def complaints(result) -> list[str]:
 
 
 def test_text_and_summary(run, transcriber, recordings):
-    expected = transcriber.transcribe(recordings / "deep" / "b.wav")
-    result = run("transcribe", recordings / "deep" / "b.wav")
+    expected = transcriber.transcribe(recordings / "deep" / "b.wav", DecodingOptions(drafts="mtp"))
+    result = run("transcribe", recordings / "deep" / "b.wav", "--drafts", "mtp")
     assert result.exit_code == 0
     assert result.stdout == f"{expected.text}\n" != "\n"
     assert "1 file, 1.0 s of audio" in result.stderr
@@ -101,6 +101,7 @@ def test_text_and_summary(run, transcriber, recordings):
         (["--heads", "2"], DecodingOptions(num_heads=2)),
         (["--drafts", "ctc"], DecodingOptions(drafts="ctc")),
         (["--drafts", "both"], DecodingOptions(drafts="both")),
+        (["--draft-length", "full"], DecodingOptions(draft_length="full")),
         (["--strategy", "relaxed", "--ratio", "0.3"], DecodingOptions(strategy="relaxed", ratio=0.3)),
         (["--strategy", "beam", "--beam-size", "2"], DecodingOptions(strategy="beam", beam_size=2)),
         (["--strategy", "beam", "--threshold", "0.5"], DecodingOptions(strategy="beam", threshold=0.5)),
@@ -123,6 +124,23 @@ def test_the_best_texts_of_a_beam(run, transcriber, recordings):
         assert best["score"] >= second["score"]
     greedy = json.loads(run("transcribe", recordings / "a.flac", "--format", "json").stdout)
     assert all(segment["nbest"] == [] for segment in greedy["segments"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--strategy", "beam", "--nbest", "2"], "2 texts of the same audio do not fit format 'txt': choose 'json'"),
+        (
+            ["--strategy", "beam", "--nbest", "5", "--format", "json"],
+            "nbest must be from 1 to the beam's size 4, got 5",
+        ),
+        (["--nbest", "2", "--format", "json"], "nbest 2 have no meaning for strategy 'verify'"),
+    ],
+)
+def test_best_texts_that_cannot_be_had(run, recordings, arguments, message):
+    result = run("transcribe", recordings / "a.flac", *arguments)
+    assert result.exit_code == 2
+    assert message in complaints(result)[0]
 
 
 def test_word_times_in_json_and_subtitles(run, recordings):
@@ -250,11 +268,6 @@ def test_reading_takes_the_memory_of_the_result(tmp_path):
         (["--strategy", "threshold", "--threshold", "nan"], "threshold is a probability from 0 to 1, got nan"),
         (["--threshold", "0.9"], "threshold 0.9 has no meaning for strategy 'verify'"),
         (["--strategy", "autoregressive", "--drafts", "ctc"], "drafts 'ctc' are for strategies verify, relaxed"),
-        (["--strategy", "beam", "--nbest", "2"], "2 texts of the same audio do not fit format 'txt': choose 'json'"),
-        (
-            ["--strategy", "beam", "--beam-size", "2", "--nbest", "3"],
-            "nbest must be from 1 to the beam's size 2, got 3",
-        ),
         (["--beam-size", "2"], "beam_size 2 and nbest None have no meaning for strategy 'verify'"),
         (["--strategy", "autoregressive", "--heads", "3"], "strategy 'autoregressive' uses head 1 only"),
         (["--device", "warp"], "device 'warp' cannot be used"),
@@ -340,7 +353,7 @@ def test_evaluation(run, manifest, tmp_path):
     assert (result.exit_code, complaints(result)) == (0, [])
     figures = json.loads(files[0].read_text())
     assert (figures["strategy"], figures["threshold"], figures["num_heads"]) == ("verify", None, 4)
-    assert figures["drafts"] == "mtp"
+    assert figures["drafts"] == "both"
     assert (figures["num_utterances"], figures["num_words"]) == (5, 10)
     assert figures["audio_seconds"] == pytest.approx(0.5 + 0.6 + 0.7 + 0.8 + 0.9)
     assert figures["identical_to_autoregressive"] == 1

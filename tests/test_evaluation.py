@@ -112,7 +112,7 @@ def cuts(tmp_path_factory, babble):
 
 
 STRATEGIES = [
-    DecodingOptions(strategy="verify"),
+    DecodingOptions(strategy="verify", draft_length="full"),
     DecodingOptions(strategy="autoregressive"),
     DecodingOptions(strategy="threshold", threshold=0.0, num_heads=3),
     "ctc",

@@ -62,7 +62,7 @@ def test_rows_that_cannot_be_guarded(lengths, max_tokens, message):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"strategy": "beam"}, "unknown strategy 'beam': choose one of autoregressive, threshold, verify, relaxed"),
+        ({"strategy": "wave"}, "unknown strategy 'wave': choose one of autoregressive, threshold, verify, relaxed"),
         ({"strategy": "threshold"}, "needs a threshold"),
         ({"strategy": "threshold", "threshold": 1.5}, "from 0 to 1, got 1.5"),
         ({"strategy": "threshold", "threshold": float("nan")}, "from 0 to 1, got nan"),
@@ -72,7 +72,7 @@ def test_rows_that_cannot_be_guarded(lengths, max_tokens, message):
         ({"drafts": "oracle"}, "unknown drafts 'oracle': choose one of mtp"),
         (
             {"strategy": "autoregressive", "drafts": "mtp"},
-            "'mtp' are for strategies verify and relaxed, not 'autoregressive'",
+            "'mtp' are for strategies verify, relaxed, beam, not 'autoregressive'",
         ),
         ({"drafts": "ctc", "num_heads": 4}, "drafts 'ctc' use head 1 only, got num_heads 4"),
         ({"strategy": "relaxed"}, "needs a ratio"),
@@ -80,6 +80,9 @@ def test_rows_that_cannot_be_guarded(lengths, max_tokens, message):
         ({"strategy": "relaxed", "ratio": 0.5, "top": 0}, "top must be at least 1, got 0"),
         ({"ratio": 0.5}, "ratio 0.5 and top None have no meaning for strategy 'verify'"),
         ({"strategy": "threshold", "threshold": 0.5, "top": 2}, "no meaning for strategy 'threshold'"),
+        ({"draft_length": "long"}, "unknown draft_length 'long': choose one of worthwhile, full"),
+        ({"strategy": "beam", "draft_length": "full"}, "with drafts from CTC, not 'beam' with drafts 'both'"),
+        ({"drafts": "mtp", "draft_length": "full"}, "with drafts from CTC, not 'verify' with drafts 'mtp'"),
         ({"max_tokens": 0}, "max_tokens must be at least 1, got 0"),
         ({"max_repeats": 1}, "max_repeats must be at least 2, got 1"),
     ],

@@ -59,7 +59,7 @@ def test_it_hears_the_samples(transcriber):
 
 @pytest.mark.parametrize("drafts", ["mtp", "ctc", "both"])
 def test_verification_writes_what_autoregression_writes_in_fewer_calls(transcriber, batch, drafts):
-    verify = DecodingOptions(strategy="verify", drafts=drafts)
+    verify = DecodingOptions(strategy="verify", drafts=drafts, draft_length=None if drafts == "mtp" else "full")
     plain, verified = (transcriber.decode(batch, options).results for options in (AUTOREGRESSIVE, verify))
     reference = decode_reference(transcriber.decoder, batch.prompts, AUTOREGRESSIVE, max_tokens=batch.max_tokens)
     assert [result.tokens for result in plain] == [result.tokens for result in reference]

@@ -116,7 +116,7 @@ def test_what_a_transcription_says(transcriber, babble):
     assert result.decoder_calls == result.num_tokens == len(result.trace[0])
     assert result.encoder_seconds > 0
     assert result.decoder_seconds > 0
-    fewer = transcriber.transcribe(samples)
+    fewer = transcriber.transcribe(samples, DecodingOptions(drafts="mtp"))
     assert fewer.tokens == result.tokens
     assert fewer.num_tokens == result.num_tokens
     assert fewer.decoder_calls < result.decoder_calls
@@ -124,9 +124,10 @@ def test_what_a_transcription_says(transcriber, babble):
 
 def test_a_batch_gives_what_each_recording_gives_alone(transcriber, babble):
     recordings = [babble(seconds, seed) for seed, seconds in enumerate([0.3, 4.0, 0.05, 1.1, 2.7])]
-    together = transcriber.transcribe(recordings, batch_size=3, word_times=True)
+    options = DecodingOptions(draft_length="full")
+    together = transcriber.transcribe(recordings, options, batch_size=3, word_times=True)
     for samples, result in zip(recordings, together, strict=True):
-        alone = transcriber.transcribe(samples, batch_size=1, word_times=True)
+        alone = transcriber.transcribe(samples, options, batch_size=1, word_times=True)
         for one, other in zip(result.segments, alone.segments, strict=True):
             fields = operator.attrgetter("start", "end", "tokens", "text", "decoder_calls", "truncated", "words")
             assert fields(one) == fields(other)

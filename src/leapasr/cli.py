@@ -52,6 +52,10 @@ Drafts = Annotated[
         help="For --strategy verify, relaxed, beam: check the heads' tokens (mtp), CTC's tokens, or both in one draft."
     ),
 ]
+DraftLength = Annotated[
+    Literal["worthwhile", "full"] | None,
+    typer.Option(help="For --strategy verify: drafts as long as is fastest on this machine, or all; worthwhile."),
+]
 BatchSize = Annotated[int, typer.Option(min=1, help="Stretches of audio computed together.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; a GPU, if there is one, without it.")]
 Dtype = Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="Floating-point type to compute in.")]
@@ -127,6 +131,7 @@ def transcribe(
     beam_size: BeamSize = None,
     heads: Heads = None,
     drafts: Drafts = None,
+    draft_length: DraftLength = None,
     nbest: Annotated[
         int | None, typer.Option(help="For --strategy beam: texts of each stretch of audio, for --format json.")
     ] = None,
@@ -149,6 +154,7 @@ def transcribe(
             nbest=nbest,
             num_heads=heads,
             drafts=drafts,
+            draft_length=draft_length,
         )
         from leapasr.transcriber import load
         from leapasr.transcribing import audio_files, check_output, transcribe_files
@@ -186,6 +192,7 @@ def evaluate(
     beam_size: BeamSize = None,
     heads: Heads = None,
     drafts: Drafts = None,
+    draft_length: DraftLength = None,
     use: Annotated[Literal["train", "dev", "test"] | None, typer.Option(help="Only utterances of this use.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="So many utterances, spread over each manifest.")] = None,
     batch_size: BatchSize = 8,
@@ -206,6 +213,7 @@ def evaluate(
             beam_size=beam_size,
             num_heads=heads,
             drafts=drafts,
+            draft_length=draft_length,
         )
         from leapasr.data.manifests import read_manifest
         from leapasr.evaluation.evaluate import evaluate as evaluate_cuts

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import overload
 
@@ -23,6 +24,7 @@ from torch import Tensor
 from leapasr.audio import SAMPLE_RATE, AudioError, read_audio
 from leapasr.chunks import Chunk, by_length, cut_recording, windows
 from leapasr.decoding import DecodingOptions, DecodingResult, Prompts, SpeechLlamaDecoder, decode
+from leapasr.decoding.costs import FREE, CallCosts, known_costs
 from leapasr.decoding.ctc import greedy_ctc, read_ctc
 from leapasr.decoding.drafts import Drafter, build_drafter
 from leapasr.model.checkpoints import CheckpointError
@@ -81,6 +83,11 @@ class Transcriber:
         self.model = model.eval()
         self.processor = processor
         self.decoder = SpeechLlamaDecoder(model)
+
+    @cached_property
+    def costs(self) -> CallCosts:
+        """Of decoder calls on this machine: measured when they are first needed, then kept in a file."""
+        return known_costs(self.decoder, self.model.config.decoder_config.to_json_string())
 
     @property
     def max_seconds(self) -> float:
@@ -243,6 +250,7 @@ class Transcriber:
         Raises:
             ValueError: the options do not fit the model.
         """
+        costs = self.costs if options.weighs_drafts else FREE
         with _timed(self.model.device) as timer:
             results = decode(
                 self.decoder,
@@ -250,6 +258,7 @@ class Transcriber:
                 options,
                 max_tokens=batch.max_tokens,
                 drafters=self._drafters(batch, options),
+                costs=costs,
             )
         return DecodedBatch(results, timer.seconds)
 

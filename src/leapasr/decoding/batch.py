@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from leapasr.decoding.beam import BeamLoop
+from leapasr.decoding.costs import FREE, CallCosts
 from leapasr.decoding.drafts import Drafter
 from leapasr.decoding.interface import Decoder, Prompts
 from leapasr.decoding.loop import DecodingLoop
 from leapasr.decoding.options import DecodingOptions, DecodingResult
 
 
-def build_loop(decoder: Decoder, options: DecodingOptions) -> DecodingLoop:
+def build_loop(decoder: Decoder, options: DecodingOptions, *, costs: CallCosts = FREE) -> DecodingLoop:
     """The loop for `options`; errors as of `DecodingLoop`."""
-    return BeamLoop(decoder, options) if options.strategy == "beam" else DecodingLoop(decoder, options)
+    loop = BeamLoop if options.strategy == "beam" else DecodingLoop
+    return loop(decoder, options, costs=costs)
 
 
 def decode(
@@ -23,13 +25,14 @@ def decode(
     *,
     max_tokens: Sequence[int] | None = None,
     drafters: Sequence[Drafter] | None = None,
+    costs: CallCosts = FREE,
 ) -> list[DecodingResult]:
     """Decode a batch of prompts: a result for each, in their order. Arguments as in `DecodingLoop`.
 
     Raises:
         ValueError: the options do not fit the decoder, or the arguments do not fit each other.
     """
-    loop = build_loop(decoder, options)
+    loop = build_loop(decoder, options, costs=costs)
     keys = loop.add(prompts, max_tokens=max_tokens, drafters=drafters)
     results: dict[int, DecodingResult] = {}
     while loop:

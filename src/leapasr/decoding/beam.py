@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from leapasr.decoding.cache import RaggedCache
+from leapasr.decoding.costs import FREE, CallCosts
 from leapasr.decoding.drafts import Drafter
 from leapasr.decoding.guards import Guards
 from leapasr.decoding.interface import Decoder, Prompts
@@ -265,8 +266,8 @@ class BeamLoop(DecodingLoop):
     Args, Raises: as of `DecodingLoop`; the options' strategy is ``beam``.
     """
 
-    def __init__(self, decoder: Decoder, options: DecodingOptions):
-        super().__init__(decoder, options)
+    def __init__(self, decoder: Decoder, options: DecodingOptions, *, costs: CallCosts = FREE):
+        super().__init__(decoder, options, costs=costs)
         assert options.beam_size_used is not None
         self.size = options.beam_size_used
         self.num_guesses = options.num_heads_used(decoder.num_heads) - 1

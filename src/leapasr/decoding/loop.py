@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from leapasr.decoding.cache import RaggedCache
+from leapasr.decoding.costs import FREE, CallCosts, num_worth_drafting
 from leapasr.decoding.drafts import Drafter, MTPDrafter
 from leapasr.decoding.guards import Guards, guard_rows
 from leapasr.decoding.interface import Decoder, Prompts
@@ -126,12 +127,21 @@ class DecodingLoop:
         decoder: see `Decoder`.
         options: see `DecodingOptions`.
         strategy: another strategy than the one that the options name.
+        costs: of the decoder's calls. Where drafts do not change what is emitted, they are cut where their chances
+            are no longer worth a wider call; `FREE` leaves them as they are.
 
     Raises:
         ValueError: the options ask for what the decoder does not have.
     """
 
-    def __init__(self, decoder: Decoder, options: DecodingOptions, *, strategy: Strategy | None = None):
+    def __init__(
+        self,
+        decoder: Decoder,
+        options: DecodingOptions,
+        *,
+        strategy: Strategy | None = None,
+        costs: CallCosts = FREE,
+    ):
         assert decoder.vocab_size < MAX_VOCAB_SIZE
         options.check(decoder.num_heads)
         self.decoder = decoder
@@ -141,6 +151,8 @@ class DecodingLoop:
         self._cache: RaggedCache | None = None
         self._waiting: deque[tuple[list[_Row], Prompts]] = deque()
         self._num_added = 0
+        self._costs = costs
+        self._width, self._gain = 4.0, 3.0  # of calls behind the prefill: their width, and tokens that a row gets
 
     def __bool__(self) -> bool:
         """Whether there is a row left to decode."""
@@ -164,7 +176,7 @@ class DecodingLoop:
         """
         num_rows = len(prompts.lengths_B)
         if drafters is None:
-            if self.options.reads_ctc:
+            if self.options.drafts in ("ctc", "both"):
                 raise ValueError(f"drafts {self.options.drafts!r} need what CTC read: give each row its drafter")
             drafters = [MTPDrafter() for _ in range(num_rows)]
         if len(drafters) != num_rows:
@@ -212,10 +224,17 @@ class DecodingLoop:
     def _advance(self, rows: list[_Row], cache: RaggedCache, prompts: Prompts | None) -> None:
         """Feed pending tokens (or the prompts) and drafts, emit what comes of it, commit what holds."""
         drafts = [self._draft(row) for row in rows]
+        if not self.strategy.accepts_other_tokens:
+            drafts = self._worthwhile(
+                drafts, max(len(row.pending) if prompts is None else row.prompt_length for row in rows)
+            )
         tokens = [row.pending + [drafted.token for drafted in draft] for row, draft in zip(rows, drafts, strict=True)]
         num_known = [len(row.pending) if prompts is None else row.prompt_length for row in rows]
         hidden_BWD = self._call(tokens, cache, prompts)
         readings = self._read(hidden_BWD, num_known, drafts)
+        if prompts is None:
+            self._width += (hidden_BWD.shape[1] - self._width) / 8
+            self._gain += (1 + sum(reading.num_accepted for reading in readings) / len(rows) - self._gain) / 8
         for row, draft, reading in zip(rows, drafts, readings, strict=True):
             row.num_calls += 1
             self._emit(row, draft, reading)
@@ -242,6 +261,16 @@ class DecodingLoop:
             if drafted.token in self.decoder.end_tokens:
                 return draft[: index + 1]
         return draft[:room]
+
+    def _worthwhile(self, drafts: Sequence[Sequence[DraftToken]], width: int) -> list[Sequence[DraftToken]]:
+        """Each row's draft as far as it is worth making a call of this `width` wider."""
+        num_drafted = num_worth_drafting(
+            [[drafted.probability for drafted in draft] for draft in drafts],
+            self._costs,
+            width=width,
+            seconds_per_token=self._costs(len(drafts), round(self._width)) / (len(drafts) * self._gain),
+        )
+        return [draft[:num_drafted] for draft in drafts]
 
     def _padded(self, rows: Sequence[Sequence[int]], fill: int) -> Tensor:
         """Ids of uneven rows as one int64 tensor, padded on the right."""

@@ -10,9 +10,11 @@ from leapasr.decoding.trace import TokenRecord
 StrategyName = Literal["autoregressive", "threshold", "verify", "relaxed", "beam"]
 DraftsName = Literal["mtp", "ctc", "both"]
 VERIFYING = ("verify", "relaxed", "beam")  # strategies that check drafts
-DEFAULT_DRAFTS: DraftsName = "mtp"
+WEIGHING = ("verify",)  # of them, those that emit the same whatever is drafted, and may draft less
+DEFAULT_DRAFTS: DraftsName = "both"
 DEFAULT_TOP = 3
 DEFAULT_BEAM = 4
+DraftLength = Literal["worthwhile", "full"]
 Truncation = Literal["length", "repetition"]
 
 
@@ -32,8 +34,12 @@ class DecodingOptions:
         top: for ``relaxed``, an accepted token is among so many of head 1's best; None is `DEFAULT_TOP`.
         beam_size: for ``beam``, hypotheses kept; None is `DEFAULT_BEAM`.
         nbest: for ``beam``, hypotheses in the result, of the `beam_size`; None is 1.
-        drafts: what ``verify``, ``relaxed`` and ``beam`` check: ``mtp`` (the default), the tokens of heads 2..K;
-            ``ctc``, what the CTC head read; ``both``, CTC's tokens behind those heads' tokens that are sure.
+        drafts: what ``verify``, ``relaxed`` and ``beam`` check: ``mtp``, the tokens of heads 2..K; ``ctc``, what the
+            CTC head read; ``both``, CTC's tokens behind those heads' tokens that are sure. None is ``both``, or ``mtp``
+            where there is no CTC head.
+        draft_length: of drafts from CTC: ``worthwhile`` (the default) cuts them where their chances are not worth a
+            wider call, by what calls cost on this machine; ``full`` checks all that is drafted, for the fewest calls.
+            What is emitted is the same.
         max_tokens: most tokens per row, end-of-text not counted; None leaves the bound to the length of the audio.
         max_repeats: end a row when a short cycle of tokens comes this many times in a row; None never does.
 
@@ -49,6 +55,7 @@ class DecodingOptions:
     beam_size: int | None = None
     nbest: int | None = None
     drafts: DraftsName | None = None
+    draft_length: DraftLength | None = None
     max_tokens: int | None = None
     max_repeats: int | None = 10
 
@@ -108,6 +115,15 @@ class DecodingOptions:
                     f"drafts {self.drafts!r} have no meaning for a beam with threshold {self.threshold}, which "
                     "checks none: leave one of them out"
                 )
+        if self.draft_length is not None:
+            if self.draft_length not in get_args(DraftLength):
+                known = ", ".join(get_args(DraftLength))
+                raise ValueError(f"unknown draft_length {self.draft_length!r}: choose one of {known}")
+            if self.strategy not in WEIGHING or not self.reads_ctc:
+                raise ValueError(
+                    f"draft_length {self.draft_length!r} is for strategies {', '.join(WEIGHING)} with drafts from CTC, "
+                    f"not {self.strategy!r} with drafts {self.drafts_used!r}: leave it out"
+                )
         if self.drafts == "ctc" and self.num_heads not in (None, 1):
             raise ValueError(
                 f"drafts 'ctc' use head 1 only, got num_heads {self.num_heads}: leave it out or choose other drafts"
@@ -133,6 +149,11 @@ class DecodingOptions:
     def beam_size_used(self) -> int | None:
         """`beam_size`, the default filled in; None for other strategies than ``beam``."""
         return (self.beam_size or DEFAULT_BEAM) if self.strategy == "beam" else None
+
+    @property
+    def weighs_drafts(self) -> bool:
+        """Whether drafts are cut where they are not worth a wider call; the heads' alone are short as they are."""
+        return self.strategy in WEIGHING and self.reads_ctc and self.draft_length != "full"
 
     @property
     def reads_ctc(self) -> bool:

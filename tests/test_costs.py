@@ -1,0 +1,102 @@
+"""What a wider call costs, and how much of a draft is worth it."""
+
+import json
+from itertools import accumulate, pairwise
+from operator import mul
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from test_decoding import MAX_TOKENS, VERIFY, make_prompts, outcomes, scripted
+
+from leapasr.decoding import DecodingOptions, SpeechLlamaDecoder, decode
+from leapasr.decoding.costs import FREE, CallCosts, known_costs, measure_costs, num_worth_drafting
+from leapasr.decoding.reference import decode_reference
+
+COSTS = CallCosts((1, 4), (1, 2, 10), ((1.0, 2.0, 4.0), (3.0, 6.0, 12.0)))
+STEEP = CallCosts((1, 2), (1, 2), ((1.0, 100.0), (1.0, 100.0)))
+PROBABILITIES = st.lists(st.lists(st.floats(0, 1), max_size=8), min_size=1, max_size=4)
+
+
+@pytest.fixture
+def decoder(build_tiny_model):
+    return SpeechLlamaDecoder(build_tiny_model())
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "width", "seconds"),
+    [(1, 1, 1), (1, 2, 2), (1, 6, 3), (4, 10, 12), (2, 1, 1 + 2 / 3), (1, 18, 6), (7, 2, 10)],
+)
+def test_costs_lie_on_lines_between_what_was_measured(num_rows, width, seconds):
+    assert COSTS(num_rows, width) == pytest.approx(seconds)
+
+
+@given(PROBABILITIES, st.integers(1, 12), st.floats(0, 3))
+def test_the_best_length_of_all(probabilities, width, seconds_per_token):
+    def gain(length):
+        expected = sum(sum(list(accumulate(row, mul))[:length]) for row in probabilities)
+        return seconds_per_token * expected - COSTS(len(probabilities), width + length)
+
+    lengths = range(max(map(len, probabilities)) + 1)
+    found = num_worth_drafting(probabilities, COSTS, width=width, seconds_per_token=seconds_per_token)
+    assert gain(found) == pytest.approx(max(map(gain, lengths)))
+
+
+def test_what_costs_nothing_is_all_drafted():
+    assert num_worth_drafting([[0.1] * 5, [0.0] * 9], FREE, width=1, seconds_per_token=0.0) == 9
+    assert num_worth_drafting([[], []], FREE, width=1, seconds_per_token=1.0) == 0
+
+
+@pytest.mark.parametrize("costs", [FREE, COSTS, STEEP])
+def test_costs_change_calls_and_no_token(decoder, costs):
+    prompts, bounds = make_prompts(5), [MAX_TOKENS] * 5
+    references = decode_reference(decoder, prompts, VERIFY, max_tokens=bounds)
+    drafters = scripted(references, "mixed", 9)
+    results = decode(decoder, prompts, VERIFY, max_tokens=bounds, drafters=drafters, costs=costs)
+    assert outcomes(results) == outcomes(references)
+    calls, most = (sum(result.num_calls for result in each) for each in (results, references))
+    assert calls == most if costs is STEEP else calls < most
+
+
+def test_relaxed_verification_checks_all_that_is_drafted(decoder):
+    """What it emits depends on what is drafted, so it must not depend on the machine or on the other rows."""
+    prompts, bounds = make_prompts(5), [MAX_TOKENS] * 5
+    references = decode_reference(decoder, prompts, VERIFY, max_tokens=bounds)
+    options = DecodingOptions(strategy="relaxed", ratio=0.1, max_repeats=4)
+    for costs in (FREE, STEEP):
+        drafters = scripted(references, "mixed", 9)
+        results = decode(decoder, prompts, options, max_tokens=bounds, drafters=drafters, costs=costs)
+        if costs is FREE:
+            expected = outcomes(results)
+    assert outcomes(results) == expected
+
+
+def test_measured_costs_rise(decoder):
+    costs = measure_costs(decoder)
+    for row in costs.seconds:
+        assert all(0 < narrow <= wide for narrow, wide in pairwise(row))
+    for few, many in pairwise(costs.seconds):
+        assert all(a <= b for a, b in zip(few, many, strict=True))
+
+
+def test_costs_are_measured_once(decoder, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    first = known_costs(decoder, "a")
+    (path,) = tmp_path.rglob("*.json")
+    assert known_costs(decoder, "a") == first
+    written = json.loads(path.read_text())
+    written["seconds"][0][0] = 0.0
+    path.write_text(json.dumps(written))
+    assert known_costs(decoder, "a").seconds[0][0] == 0.0
+    known_costs(decoder, "another model")
+    assert len(list(tmp_path.rglob("*.json"))) == 2
+    for damaged in ("", "[]", '{"num_rows": 3}'):
+        path.write_text(damaged)
+        assert known_costs(decoder, "a").seconds[0][0] > 0
+        assert json.loads(path.read_text())["num_rows"] == list(first.num_rows)
+
+
+def test_costs_that_cannot_be_kept_are_measured_all_the_same(decoder, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert known_costs(decoder, "a").seconds[0][0] > 0
