@@ -143,6 +143,16 @@ def test_best_texts_that_cannot_be_had(run, recordings, arguments, message):
     assert message in complaints(result)[0]
 
 
+def test_explanations(run, recordings):
+    result = run("transcribe", recordings / "a.flac", "--explain")
+    assert result.exit_code == 0
+    assert "tokens by source: " in result.stdout
+    assert "│" in result.stdout
+    refused = run("transcribe", recordings / "a.flac", "--explain", "--format", "json")
+    assert refused.exit_code == 2
+    assert "not for format 'json'" in complaints(refused)[0]
+
+
 def test_word_times_in_json_and_subtitles(run, recordings):
     segments = json.loads(run("transcribe", recordings / "a.flac", "--format", "json").stdout)["segments"]
     words = [word for segment in segments for word in segment["words"]]

@@ -17,7 +17,7 @@ from leapasr.chunks import SHORTEST_SECONDS, by_length, cut_recording, windows
 from leapasr.decoding import DecodingOptions, decode
 from leapasr.decoding.ctc import align_ctc, greedy_ctc
 from leapasr.transcriber import MAX_TOKENS_AT_LEAST, MAX_TOKENS_PER_SECOND, load
-from leapasr.transcription import timed_words
+from leapasr.transcription import timed_words, token_times
 
 AUTOREGRESSIVE = DecodingOptions(strategy="autoregressive")
 
@@ -164,16 +164,18 @@ def test_word_times(transcriber, babble):
     assert len(said) >= 3
     for segment in said:
         assert [word.text for word in segment.words] == segment.text.split()
-        times = [time for word in segment.words for time in (word.start, word.end)]
+        times = [time for pair in segment.token_times for time in pair]
+        assert len(segment.token_times) == len(segment.tokens)
         assert times == sorted(times)
+        assert (segment.words[0].start, segment.words[-1].end) == (times[0], times[-1])
         assert segment.start <= times[0] < times[-1] <= segment.end
 
 
 def test_more_tokens_than_ctc_frames_have_no_word_times(transcriber):
     tokens, log_probs_TV = list(range(4, 30)), torch.zeros(20, 48).log_softmax(-1)
     place = {"frame_rate": 25.0, "blank": 0, "start": 0.0, "end": 0.8}
-    assert timed_words(tokens, transcriber.processor, log_probs_TV, **place) == []
-    assert timed_words(tokens[:20], transcriber.processor, log_probs_TV, **place) != []
+    assert token_times(tokens, log_probs_TV, **place) == timed_words(tokens, [], transcriber.processor) == []
+    assert len(token_times(tokens[:20], log_probs_TV, **place)) == 20
 
 
 def test_no_recordings(transcriber):

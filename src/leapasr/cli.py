@@ -10,6 +10,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -136,6 +137,9 @@ def transcribe(
         int | None, typer.Option(help="For --strategy beam: texts of each stretch of audio, for --format json.")
     ] = None,
     format: Annotated[Literal["txt", "json", "srt", "vtt"], typer.Option(help="What to write.")] = "txt",
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Show which source each token is of, and where decoder calls lie.")
+    ] = False,
     output_dir: Annotated[
         Path | None, typer.Option(help="Folder for a transcript a file; without it, they are printed.")
     ] = None,
@@ -156,15 +160,17 @@ def transcribe(
             drafts=drafts,
             draft_length=draft_length,
         )
+        from leapasr.explaining import explain as explain_text
         from leapasr.transcriber import load
         from leapasr.transcribing import audio_files, check_output, transcribe_files
 
         found = audio_files(files)
-        check_output(found, format=format, output_folder=output_dir, nbest=nbest)
+        check_output(found, format=format, output_folder=output_dir, nbest=nbest, explained=explain)
         quiet_libraries()
         transcriber = load(model, device=device, dtype=dtype)
         options.check(transcriber.decoder.num_heads)
     to_terminal = output_dir is None and sys.stdout.isatty()
+    explanation = partial(explain_text, processor=transcriber.processor, color=to_terminal) if explain else None
     with reported(), progress_bar("transcribing", total=None, unit="s of audio", hidden=to_terminal) as advance:
         summary = transcribe_files(
             transcriber,
@@ -173,6 +179,7 @@ def transcribe(
             format=format,
             output_folder=output_dir,
             batch_size=batch_size,
+            explanation=explanation,
             write=lambda text: typer.echo(text, nl=False),
             complain=complain,
             progress=advance,

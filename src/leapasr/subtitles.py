@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import Literal, get_args
+from itertools import pairwise, zip_longest
+from typing import Any, Literal, get_args
 
+from leapasr.decoding.trace import TokenRecord
 from leapasr.transcription import Segment, Transcription, Word
 
 Format = Literal["txt", "json", "srt", "vtt"]
@@ -98,7 +99,7 @@ def as_json(transcription: Transcription, *, audio: str) -> str:
                 {"text": word.text, "start": round(word.start, 3), "end": round(word.end, 3)} for word in segment.words
             ],
             "nbest": [{"text": text, "score": score} for text, score in segment.alternatives],
-            "trace": [record._asdict() for record in segment.trace],
+            "trace": [_traced(record, times) for record, times in zip_longest(segment.trace, segment.token_times)],
         }
         for segment in transcription.segments
     ]
@@ -111,6 +112,13 @@ def as_json(transcription: Transcription, *, audio: str) -> str:
         "segments": segments,
     }
     return json.dumps(fields, ensure_ascii=False) + "\n"
+
+
+def _traced(record: TokenRecord, times: tuple[float, float] | None) -> dict[str, Any]:
+    """A token of the trace, with the times that it has if it is part of the text."""
+    rejected = record.rejected and record.rejected._asdict()
+    heard = {"start": round(times[0], 3), "end": round(times[1], 3)} if times else {"start": None, "end": None}
+    return record._asdict() | {"rejected": rejected} | heard
 
 
 def as_srt(transcription: Transcription) -> str:

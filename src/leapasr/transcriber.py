@@ -31,7 +31,7 @@ from leapasr.model.checkpoints import CheckpointError
 from leapasr.model.encoders import FEATURE_RATE
 from leapasr.model.processing import SpeechLlamaProcessor
 from leapasr.model.speech_llama import SpeechLlamaForConditionalGeneration
-from leapasr.transcription import Segment, Transcription, Word, timed_words
+from leapasr.transcription import Segment, Transcription, timed_words, token_times
 
 MAX_CHUNK_SECONDS = 25.0
 # A row ends after so many tokens even if the decoder does not end it. Fast speech has about 7 a second.
@@ -186,8 +186,8 @@ class Transcriber:
             decoded = self.decode(encoded, options)
             total = sum(chunk.seconds for chunk in chunks)
             for row, (chunk, result) in enumerate(zip(chunks, decoded.results, strict=True)):
-                words = self._words(encoded, row, result.tokens) if word_times else []
-                segments[chunk.recording].append(self._segment(chunk, result, words))
+                times = self._token_times(encoded, row, result.tokens) if word_times else []
+                segments[chunk.recording].append(self._segment(chunk, result, times))
                 seconds[chunk.recording] += np.array([encoded.seconds, decoded.seconds]) * chunk.seconds / total
             if progress:
                 progress(total)
@@ -195,7 +195,7 @@ class Transcriber:
             ordered = sorted(segments[index], key=lambda segment: segment.start)
             yield index, Transcription(ordered, len(samples) / SAMPLE_RATE, *map(float, seconds[index]))
 
-    def _segment(self, chunk: Chunk, result: DecodingResult, words: list[Word]) -> Segment:
+    def _segment(self, chunk: Chunk, result: DecodingResult, times: list[tuple[float, float]]) -> Segment:
         return Segment(
             start=chunk.start,
             end=chunk.end,
@@ -205,14 +205,14 @@ class Transcriber:
             truncated=result.truncated,
             trace=result.trace,
             alternatives=[(self.processor.decode_text(each.tokens), each.score) for each in result.hypotheses],
-            words=words,
+            words=timed_words(result.tokens, times, self.processor),
+            token_times=times,
         )
 
-    def _words(self, batch: EncodedBatch, row: int, tokens: list[int]) -> list[Word]:
+    def _token_times(self, batch: EncodedBatch, row: int, tokens: list[int]) -> list[tuple[float, float]]:
         num_frames, chunk = int(batch.ctc_lengths_B[row]), batch.chunks[row]
-        return timed_words(
+        return token_times(
             tokens,
-            self.processor,
             batch.ctc_logits_BTV[row, :num_frames].float().log_softmax(-1),
             frame_rate=self.model.ctc_frame_rate,
             blank=self.model.config.blank_token_id,

@@ -96,9 +96,16 @@ def output_paths(files: Sequence[Path], folder: Path, suffix: str) -> list[Path]
 
 
 def check_output(
-    files: Sequence[Path], *, format: Format, output_folder: Path | None, nbest: int | None = None
+    files: Sequence[Path],
+    *,
+    format: Format,
+    output_folder: Path | None,
+    nbest: int | None = None,
+    explained: bool = False,
 ) -> None:
-    """Raises ValueError where transcripts of `files`, or `nbest` of a stretch of audio, have no place to go."""
+    """Raises ValueError where transcripts of `files`, `nbest` of a stretch, or explanations have no place to go."""
+    if explained and format != "txt":
+        raise ValueError(f"explanations are for people to read, not for format {format!r}, whose trace says the same")
     if (nbest or 1) > 1 and format != "json":
         raise ValueError(f"{nbest} texts of the same audio do not fit format {format!r}: choose 'json'")
     if output_folder is None and len(files) > 1 and format in ("srt", "vtt"):
@@ -115,6 +122,7 @@ def transcribe_files(
     format: Format,
     output_folder: Path | None,
     batch_size: int,
+    explanation: Callable[[Transcription], str] | None = None,
     write: Callable[[str], None],
     complain: Callable[[str], None],
     progress: Callable[[float], None] | None = None,
@@ -124,6 +132,7 @@ def transcribe_files(
     Args:
         format: of the transcripts; subtitles of several files need a folder.
         output_folder: a transcript a file goes there; None hands them all to `write`.
+        explanation: makes of a transcription what is written instead of its text.
         write: takes a transcript as text, with its line end; that of one of several files begins with the file's name.
         complain: takes a message about a file.
         progress: called with the seconds of audio transcribed since it was last called.
@@ -132,7 +141,9 @@ def transcribe_files(
         ValueError: the options do not fit the model or each other.
         OSError: the output folder cannot be written.
     """
-    check_output(files, format=format, output_folder=output_folder, nbest=options.nbest)
+    check_output(
+        files, format=format, output_folder=output_folder, nbest=options.nbest, explained=explanation is not None
+    )
     outputs = None if output_folder is None else output_paths(files, output_folder, format)
     summary, start = Summary(), time.perf_counter()
     results = transcriber.transcribe_each(
@@ -144,7 +155,7 @@ def transcribe_files(
             complain(str(result))
             continue
         summary.add(result)
-        text = render(result, format, audio=str(files[index]))
+        text = explanation(result) if explanation else render(result, format, audio=str(files[index]))
         if outputs is None:
             write(f"{files[index]}: {text}" if format == "txt" and len(files) > 1 else text)
         else:

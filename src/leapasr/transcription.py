@@ -40,7 +40,8 @@ class Segment:
         truncated: None if the decoder ended the text, else ``length`` or ``repetition``.
         trace: a record of each token that was emitted, end-of-text included; see `leapasr.decoding.trace`.
         alternatives: of a beam search, its texts with their scores (natural logs), `text` first; else none.
-        words: with times; empty unless they were asked for, or where the text is too long for the audio to hold it.
+        words, token_times: words with times, and where each of `tokens` begins and ends; empty unless they were asked
+            for, or where the text is too long for the audio to hold it.
     """
 
     start: float
@@ -52,6 +53,7 @@ class Segment:
     trace: list[TokenRecord] = field(repr=False)
     alternatives: list[tuple[str, float]] = field(default_factory=list, repr=False)
     words: list[Word] = field(default_factory=list, repr=False)
+    token_times: list[tuple[float, float]] = field(default_factory=list, repr=False)
 
 
 @dataclass(frozen=True)
@@ -105,35 +107,33 @@ def word_spans(pieces: Sequence[str]) -> list[tuple[int, int]]:
     return list(pairwise([*starts, len(pieces)]))
 
 
-def timed_words(
-    tokens: Sequence[int],
-    processor: SpeechLlamaProcessor,
-    ctc_log_probs_TV: Tensor,
-    *,
-    frame_rate: float,
-    blank: int,
-    start: float,
-    end: float,
-) -> list[Word]:
-    """The words of `tokens`, each from the first to the last frame in which CTC hears it.
+def token_times(
+    tokens: Sequence[int], ctc_log_probs_TV: Tensor, *, frame_rate: float, blank: int, start: float, end: float
+) -> list[tuple[float, float]]:
+    """Where CTC hears each of `tokens`: seconds from the recording's start, from its first frame to behind its last.
 
     Args:
         tokens: ids of a text, without end-of-text.
-        processor: of the model.
         ctc_log_probs_TV: CTC log-probabilities (T, V) of the audio, `frame_rate` frames a second.
         blank: id of the CTC blank.
         start, end: where the audio lies in its recording, in seconds.
 
     Returns:
-        the words in order; none where the frames are too few for the tokens.
+        a pair for each token; none where the frames are too few for the tokens.
     """
-    spans = align_ctc(ctc_log_probs_TV, tokens, blank=blank)
-    if spans is None:
+    spans = align_ctc(ctc_log_probs_TV, tokens, blank=blank) or []
+    return [(min(start + first / frame_rate, end), min(start + stop / frame_rate, end)) for first, stop in spans]
+
+
+def timed_words(
+    tokens: Sequence[int], times: Sequence[tuple[float, float]], processor: SpeechLlamaProcessor
+) -> list[Word]:
+    """The words of `tokens`, each from where its first token begins to where its last ends; none without `times`."""
+    if not times:
         return []
     words = []
     for first, stop in word_spans(processor.tokenizer.convert_ids_to_tokens(list(tokens))):
         text = processor.decode_text(tokens[first:stop])
         if text:
-            begins, ends = spans[first][0] / frame_rate, spans[stop - 1][1] / frame_rate
-            words.append(Word(text, min(start + begins, end), min(start + ends, end)))
+            words.append(Word(text, times[first][0], times[stop - 1][1]))
     return words
