@@ -28,10 +28,10 @@ app = typer.Typer(
 
 Model = Annotated[str | None, typer.Option(help="Model folder or hub name; without it, the model in the package.")]
 Strategy = Annotated[
-    Literal["autoregressive", "threshold", "verify", "relaxed", "beam"],
+    Literal["autoregressive", "threshold", "verify", "relaxed", "beam", "calibrated"],
     typer.Option(
         help="One token per call; heads trusted above a threshold; drafts checked by the next call; those accepted "
-        "that the decoder finds nearly as likely as its best; or the likeliest of several texts."
+        "that the decoder finds nearly as likely as its best; the likeliest of several texts; what calibration found."
     ),
 ]
 Threshold = Annotated[
@@ -106,10 +106,21 @@ def quiet_libraries() -> None:
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
 
-def decoding_options(**fields: Any) -> DecodingOptions:
+def decoding_options(model: str | None, **fields: Any) -> DecodingOptions:
+    """The options that the command line gives, or those that calibration left with the model."""
     from leapasr.decoding.options import DecodingOptions
 
-    return DecodingOptions(**fields)
+    if fields["strategy"] != "calibrated":
+        return DecodingOptions(**fields)
+    from leapasr.evaluation.calibration import calibrated_options
+    from leapasr.transcriber import locate
+
+    given = [
+        f"--{name.replace('_', '-')}" for name, value in fields.items() if name != "strategy" and value is not None
+    ]
+    if given:
+        raise ValueError(f"strategy 'calibrated' has its options from the model: leave out {', '.join(given)}")
+    return calibrated_options(locate(model))
 
 
 @app.callback(invoke_without_command=True)
@@ -150,6 +161,7 @@ def transcribe(
     """Transcribe audio files."""
     with reported():
         options = decoding_options(
+            model,
             strategy=strategy,
             threshold=threshold,
             ratio=ratio,
@@ -213,6 +225,7 @@ def evaluate(
 
     with reported():
         options = decoding_options(
+            model,
             strategy=strategy,
             threshold=threshold,
             ratio=ratio,
@@ -261,6 +274,56 @@ def evaluate(
             if hypotheses:
                 write_hypotheses(reports, hypotheses)
     raise typer.Exit(1 if failed else 0)
+
+
+@app.command()
+def calibrate(
+    dev: Annotated[Path, typer.Option(help="Manifest to calibrate on: its lines with use = dev.")],
+    max_wer_increase: Annotated[
+        str, typer.Option(help="Most WER increase, as a share of autoregressive decoding's WER, with 95% confidence.")
+    ] = "1%",
+    test: Annotated[Path | None, typer.Option(help="Manifest to report on: its lines with use = test.")] = None,
+    model: Annotated[str | None, typer.Option(help="Model folder; without it, the model in the package.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="So many utterances of each, spread over it.")] = None,
+    batch_size: BatchSize = 8,
+    device: Device = None,
+    dtype: Dtype = "float32",
+) -> None:
+    """Find the fastest setting whose WER increase stays inside a budget, and keep it with the model."""
+    from rich.console import Console
+
+    with reported():
+        from leapasr.data.manifests import read_manifest
+        from leapasr.evaluation.calibration import budget_of, calibration_table, save_calibration
+        from leapasr.evaluation.calibration import calibrate as calibrate_on
+        from leapasr.evaluation.evaluate import evaluate as evaluate_cuts
+        from leapasr.evaluation.table import report_table
+        from leapasr.transcriber import load, locate
+
+        budget, folder = budget_of(max_wer_increase), Path(locate(model))
+        if not folder.is_dir():
+            raise ValueError(f"{folder} is no folder, and calibration is kept with the model: give a local copy")
+        cuts = read_manifest(dev, use="dev", limit=limit).cuts
+        test_cuts = read_manifest(test, use="test", limit=limit).cuts if test else None
+        quiet_libraries()
+        transcriber = load(str(folder), device=device, dtype=dtype)
+        with progress_bar(str(dev), total=sum(cut.duration for cut in cuts), unit="s of audio") as advance:
+            found = calibrate_on(
+                transcriber, list(cuts), budget=budget, batch_size=batch_size, test_set=str(dev), progress=advance
+            )
+        Console().print(calibration_table(found))
+        if found.chosen is None:
+            complain(f"no setting has fewer calls than verification and a WER increase of at most {budget:.2%}")
+            raise typer.Exit(1)
+        options = found.candidates[found.chosen]
+        typer.echo(save_calibration(found, folder))
+        if test_cuts is not None:
+            seconds = sum(cut.duration for cut in test_cuts)
+            with progress_bar(str(test), total=seconds, unit="s of audio") as advance:
+                reports = evaluate_cuts(
+                    transcriber, test_cuts, [options], batch_size=batch_size, test_set=str(test), progress=advance
+                )
+            Console().print(report_table(reports))
 
 
 @app.command()

@@ -166,7 +166,7 @@ def tiny(encoder: str | None = None) -> tuple[ModelPreset, tuple[Stage, ...]]:
         max_feature_mask=15,
     )  # fmt: skip
     stages = (
-        Stage("language", "language", updates=1000, batch=8000, learning_rate=1.5e-3),
+        Stage("language", "language", updates=1000, batch=8192, learning_rate=1.5e-3),
         Stage("text", "text", updates=900, batch=3000, learning_rate=1e-3, slips=0.1, augmentation=NO_AUGMENTATION),
         # CTC leaves its all-blank plateau after 150 to 200 updates; the encoder must not move before that
         Stage("ctc", "ctc", updates=320, batch=65, learning_rate=1e-3, warmup=40, frozen_encoder_layers=None),

@@ -250,7 +250,7 @@ class Transcriber:
         Raises:
             ValueError: the options do not fit the model.
         """
-        costs = self.costs if options.weighs_drafts else FREE
+        costs = self.costs if options.draft_length_used == "worthwhile" else FREE
         with _timed(self.model.device) as timer:
             results = decode(
                 self.decoder,

@@ -9,12 +9,13 @@ from leapasr.decoding.trace import TokenRecord
 
 StrategyName = Literal["autoregressive", "threshold", "verify", "relaxed", "beam"]
 DraftsName = Literal["mtp", "ctc", "both"]
+DraftLength = Literal["worthwhile", "full"]
 VERIFYING = ("verify", "relaxed", "beam")  # strategies that check drafts
 WEIGHING = ("verify",)  # of them, those that emit the same whatever is drafted, and may draft less
 DEFAULT_DRAFTS: DraftsName = "both"
+DEFAULT_DRAFT_LENGTH: DraftLength = "worthwhile"
 DEFAULT_TOP = 3
 DEFAULT_BEAM = 4
-DraftLength = Literal["worthwhile", "full"]
 Truncation = Literal["length", "repetition"]
 
 
@@ -119,7 +120,7 @@ class DecodingOptions:
             if self.draft_length not in get_args(DraftLength):
                 known = ", ".join(get_args(DraftLength))
                 raise ValueError(f"unknown draft_length {self.draft_length!r}: choose one of {known}")
-            if self.strategy not in WEIGHING or not self.reads_ctc:
+            if self.draft_length_used is None:
                 raise ValueError(
                     f"draft_length {self.draft_length!r} is for strategies {', '.join(WEIGHING)} with drafts from CTC, "
                     f"not {self.strategy!r} with drafts {self.drafts_used!r}: leave it out"
@@ -151,9 +152,11 @@ class DecodingOptions:
         return (self.beam_size or DEFAULT_BEAM) if self.strategy == "beam" else None
 
     @property
-    def weighs_drafts(self) -> bool:
-        """Whether drafts are cut where they are not worth a wider call; the heads' alone are short as they are."""
-        return self.strategy in WEIGHING and self.reads_ctc and self.draft_length != "full"
+    def draft_length_used(self) -> DraftLength | None:
+        """`draft_length`, the default filled in; None where it has no meaning (the heads' own drafts are short)."""
+        if self.strategy not in WEIGHING or not self.reads_ctc:
+            return None
+        return self.draft_length or DEFAULT_DRAFT_LENGTH
 
     @property
     def reads_ctc(self) -> bool:

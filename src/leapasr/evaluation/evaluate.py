@@ -59,8 +59,8 @@ class Report:
 
     Attributes:
         test_set: what was evaluated, for people to read.
-        strategy, threshold, ratio, top, beam_size, drafts, num_heads: of the options, or ``ctc``; `num_heads` is what
-            was used, head 1 included, and `drafts` what was verified, None for other strategies.
+        strategy, threshold, ratio, top, beam_size, drafts, draft_length, num_heads: of the options, or ``ctc``;
+            `num_heads` is what was used, head 1 included, and `drafts` what was verified, None for other strategies.
         batch_size, dtype, device: how it was computed.
         normalizer: what both sides go through before words are counted, `wer_plain` aside.
         wer, wer_low, wer_high: word error rate with its 95% interval, by bootstrap over utterances.
@@ -88,6 +88,7 @@ class Report:
     top: int | None
     beam_size: int | None
     drafts: str | None
+    draft_length: str | None
     num_heads: int
     batch_size: int
     dtype: str
@@ -120,9 +121,13 @@ class Report:
 
     @property
     def label(self) -> str:
-        """The strategy in a few words: ``verify both``, ``threshold 0.9``, ``relaxed 0.3 both``, ``beam 4 both``."""
+        """The strategy in a few words: ``verify both full``, ``threshold 0.9``, ``beam 4 both``."""
         numbers = [f"{value:g}" for value in (self.beam_size, self.threshold, self.ratio) if value is not None]
-        return " ".join([self.strategy, *numbers, *([self.drafts] if self.drafts else [])])
+        return " ".join([self.strategy, *numbers, *filter(None, (self.drafts, self._length))])
+
+    @property
+    def _length(self) -> str | None:
+        return "full" if self.draft_length == "full" else None
 
     def figures(self) -> dict[str, Any]:
         """All but the utterances, as JSON has it."""
@@ -325,7 +330,7 @@ def _autoregressive(strategy: Strategy) -> DecodingOptions:
 def _settings(strategy: Strategy, num_heads: int) -> dict[str, Any]:
     """What a report says of the strategy, for a model of `num_heads` heads."""
     if not isinstance(strategy, DecodingOptions):
-        unset = dict.fromkeys(("threshold", "ratio", "top", "beam_size", "drafts"))
+        unset = dict.fromkeys(("threshold", "ratio", "top", "beam_size", "drafts", "draft_length"))
         return {"strategy": strategy, "num_heads": 0} | unset
     return {
         "strategy": strategy.strategy,
@@ -334,6 +339,7 @@ def _settings(strategy: Strategy, num_heads: int) -> dict[str, Any]:
         "top": strategy.top_used,
         "beam_size": strategy.beam_size_used,
         "drafts": strategy.drafts_used,
+        "draft_length": strategy.draft_length_used,
         "num_heads": strategy.num_heads_used(num_heads),
     }
 
