@@ -381,6 +381,23 @@ def train(
 
 
 @app.command()
+def average(
+    models: Annotated[list[Path], typer.Argument(help="Folders of models that began as the same one.")],
+    output: Annotated[Path, typer.Option(help="Folder of the averaged model.")],
+) -> None:
+    """Average the weights of runs that began with the same model: often better than each of them."""
+    from leapasr.model.averaging import average_models
+    from leapasr.model.processing import SpeechLlamaProcessor
+
+    quiet_libraries()
+    with reported():
+        model = average_models(models)
+        model.save_pretrained(output)
+        SpeechLlamaProcessor.from_pretrained(models[0]).save_pretrained(output)
+    typer.echo(output)
+
+
+@app.command()
 def info(model: Annotated[str | None, typer.Argument(help="Model folder or hub name.")] = None) -> None:
     """Show what a model is made of."""
     from rich.console import Console

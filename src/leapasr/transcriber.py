@@ -23,7 +23,7 @@ from torch import Tensor
 
 from leapasr.audio import SAMPLE_RATE, AudioError, read_audio
 from leapasr.chunks import Chunk, by_length, cut_recording, windows
-from leapasr.decoding import DecodingOptions, DecodingResult, Prompts, SpeechLlamaDecoder, decode
+from leapasr.decoding import DecodingOptions, DecodingResult, Prompts, SpeechLlamaDecoder, build_loop
 from leapasr.decoding.costs import FREE, CallCosts, known_costs
 from leapasr.decoding.ctc import greedy_ctc, read_ctc
 from leapasr.decoding.drafts import Drafter, build_drafter
@@ -61,6 +61,20 @@ class EncodedBatch:
     ctc_logits_BTV: Tensor
     ctc_lengths_B: Tensor
     seconds: float
+
+
+@dataclass(frozen=True, eq=False)
+class DecodedChunk:
+    """The result for row `row` of a batch, and its share of the seconds that decoding took."""
+
+    batch: EncodedBatch
+    row: int
+    result: DecodingResult
+    seconds: float
+
+    @property
+    def chunk(self) -> Chunk:
+        return self.batch.chunks[self.row]
 
 
 @dataclass(frozen=True)
@@ -181,16 +195,15 @@ class Transcriber:
     ) -> Iterator[tuple[int, Transcription]]:
         segments: dict[int, list[Segment]] = {index: [] for index, _ in window}
         seconds = {index: np.zeros(2) for index, _ in window}
-        for chunks in by_length(self.cut(window), batch_size):
-            encoded = self.encode(chunks)
-            decoded = self.decode(encoded, options)
-            total = sum(chunk.seconds for chunk in chunks)
-            for row, (chunk, result) in enumerate(zip(chunks, decoded.results, strict=True)):
-                times = self._token_times(encoded, row, result.tokens) if word_times else []
-                segments[chunk.recording].append(self._segment(chunk, result, times))
-                seconds[chunk.recording] += np.array([encoded.seconds, decoded.seconds]) * chunk.seconds / total
+        batches = (self.encode(chunks) for chunks in by_length(self.cut(window), batch_size))
+        for done in self.decode_each(batches, options, num_left=batch_size // 2):
+            chunk, batch = done.chunk, done.batch
+            times = self._token_times(batch, done.row, done.result.tokens) if word_times else []
+            segments[chunk.recording].append(self._segment(chunk, done.result, times))
+            share = chunk.seconds / sum(chunk.seconds for chunk in batch.chunks)
+            seconds[chunk.recording] += np.array([batch.seconds * share, done.seconds])
             if progress:
-                progress(total)
+                progress(chunk.seconds)
         for index, samples in window:
             ordered = sorted(segments[index], key=lambda segment: segment.start)
             yield index, Transcription(ordered, len(samples) / SAMPLE_RATE, *map(float, seconds[index]))
@@ -250,17 +263,43 @@ class Transcriber:
         Raises:
             ValueError: the options do not fit the model.
         """
+        done = sorted(self.decode_each([batch], options), key=lambda each: each.row)
+        return DecodedBatch([each.result for each in done], sum(each.seconds for each in done))
+
+    def decode_each(
+        self, batches: Iterable[EncodedBatch], options: DecodingOptions, *, num_left: int = 0
+    ) -> Iterator[DecodedChunk]:
+        """Decode batches as they come (continuous batching): yields each chunk when it is done.
+
+        Args:
+            batches: taken one at a time, so a generator may encode them.
+            num_left: rows of earlier batches that may be left when the next one is taken and joins them.
+
+        Raises:
+            ValueError: the options do not fit the model.
+        """
         costs = self.costs if options.draft_length_used == "worthwhile" else FREE
-        with _timed(self.model.device) as timer:
-            results = decode(
-                self.decoder,
-                batch.prompts,
-                options,
-                max_tokens=batch.max_tokens,
-                drafters=self._drafters(batch, options),
-                costs=costs,
-            )
-        return DecodedBatch(results, timer.seconds)
+        loop = build_loop(self.decoder, options, costs=costs)
+        rows: dict[int, tuple[EncodedBatch, int]] = {}
+        seconds: dict[int, float] = {}
+
+        def decode_until(num_rows: int) -> Iterator[DecodedChunk]:
+            while len(rows) > num_rows:
+                with _timed(self.model.device) as timer:
+                    finished = loop.step()
+                for key in rows:
+                    seconds[key] += timer.seconds / len(rows)
+                for key, result in finished.items():
+                    yield DecodedChunk(*rows.pop(key), result, seconds.pop(key))
+
+        for batch in batches:
+            with _timed(self.model.device) as timer:
+                drafters = self._drafters(batch, options)
+                keys = loop.add(batch.prompts, max_tokens=batch.max_tokens, drafters=drafters)
+            rows |= {key: (batch, row) for row, key in enumerate(keys)}
+            seconds |= dict.fromkeys(keys, timer.seconds / max(1, len(keys)))
+            yield from decode_until(num_left)
+        yield from decode_until(0)
 
     def _drafters(self, batch: EncodedBatch, options: DecodingOptions) -> list[Drafter] | None:
         if not options.reads_ctc:

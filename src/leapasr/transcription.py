@@ -63,8 +63,8 @@ class Transcription:
     Attributes:
         segments: in order; silence has none.
         audio_seconds: the recording's length.
-        encoder_seconds, decoder_seconds: computing time, of features and encoder and of decoding; a batch's time is
-            split over its rows by their lengths.
+        encoder_seconds, decoder_seconds: computing time, of features and encoder (a batch's is split over its
+            rows by their lengths) and of decoding (a call's is split evenly over the rows that are being decoded).
     """
 
     segments: list[Segment]
