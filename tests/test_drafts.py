@@ -124,12 +124,12 @@ def test_heads_draft_alone_where_ctc_is_lost():
     assert drafted(alone, [60] * 20, guesses) == []
 
 
-@pytest.mark.parametrize(("drafts", "lead"), [("ctc", None), ("both", 0.7)])
+@pytest.mark.parametrize(("drafts", "lead"), [("ctc", None), ("both", 0.7), (None, 0.7)])
 def test_options_name_the_drafter(drafts, lead):
     drafter = build_drafter(DecodingOptions(drafts=drafts), reading_of([5]), end_token=END)
     assert isinstance(drafter, CTCDrafter)
     assert drafter.lead == lead
-    assert isinstance(build_drafter(DecodingOptions(), reading_of([5]), end_token=END), MTPDrafter)
+    assert isinstance(build_drafter(DecodingOptions(drafts="mtp"), reading_of([5]), end_token=END), MTPDrafter)
 
 
 def test_readings_are_greedy_ctc_with_its_peaks():

@@ -18,11 +18,14 @@ def average_models(folders: Sequence[Path]) -> SpeechLlamaForConditionalGenerati
     """A model, float32, whose weights are the mean of those in `folders`.
 
     Raises:
-        ValueError: there are fewer than two, or they are of different architectures.
-        CheckpointError: one of them is no model, or damaged. OSError: there is no such folder.
+        ValueError: there are fewer than two, one is no folder, or they are of different architectures.
+        CheckpointError: one of them is no model, or damaged.
     """
     if len(folders) < 2:
         raise ValueError(f"an average takes two models at least, got {len(folders)}")
+    for folder in folders:
+        if not folder.is_dir():
+            raise ValueError(f"{folder} is no folder: the folders of trained models are wanted")
     mean = SpeechLlamaForConditionalGeneration.from_pretrained(folders[0], dtype=torch.float32)
     wanted = mean.state_dict()
     total = {name: value.double() for name, value in wanted.items()}
