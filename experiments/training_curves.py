@@ -1,4 +1,4 @@
-"""Draw the curves of training runs from their metrics.jsonl files, in the order given, one panel a stage.
+"""Draw the curves of training runs from their metrics.jsonl files, in the order given, one panel a stage of a run.
 
 python experiments/training_curves.py training/metrics.jsonl --output docs/training.png
 """
@@ -35,7 +35,8 @@ def main() -> None:
     for path in arguments.metrics:
         for line in path.read_text().splitlines():
             row = json.loads(line)
-            stages.setdefault(row["stage"], []).append(row)
+            name = row["stage"] if len(arguments.metrics) == 1 else f"{path.parent.name}: {row['stage']}"
+            stages.setdefault(name, []).append(row)
     figure, axes = plt.subplots(2, len(stages), figsize=(5 * len(stages), 7), squeeze=False)
     for column, (stage, rows) in enumerate(stages.items()):
         rows = list({row["update"]: row for row in rows}.values())  # a resumed run writes some updates again
