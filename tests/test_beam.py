@@ -175,6 +175,18 @@ def test_a_beam_of_one_with_right_drafts_takes_one_call(decoder, prompts, greedy
     assert {result.num_calls for result in results} == {1}
 
 
+@pytest.mark.parametrize("kind", ["right", "end inside"])
+def test_nothing_is_fed_that_could_not_be_emitted(build_tiny_model, prompts, greedy, kind):
+    """End-of-text ends a hypothesis, and what lies behind the token bound is of no use."""
+    decoder, fed = SpeechLlamaDecoder(build_tiny_model()), []
+    embed = decoder.embed
+    decoder.embed = lambda tokens_BW: fed.append(tokens_BW) or embed(tokens_BW)
+    bounds = [6] * NUM_ROWS
+    decode(decoder, prompts, BEAM, max_tokens=bounds, drafters=scripted(greedy, kind, 40))
+    assert max(tokens_BW.shape[1] for tokens_BW in fed) <= 5
+    assert not any((tokens_BW == EOS).any() for tokens_BW in fed)
+
+
 def test_in_float32(build_tiny_model):
     decoder = SpeechLlamaDecoder(build_tiny_model(dtype=torch.float32))
     prompts = make_prompts(4, seed=2, dtype=torch.float32)

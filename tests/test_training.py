@@ -136,6 +136,13 @@ def test_every_stage_lowers_its_loss(tmp_path, manifest, processor, task, precis
     assert list((tmp_path / "tensorboard").iterdir())
 
 
+def test_a_language_model_reads_nothing_but_its_texts(tmp_path, manifest, processor):
+    trainer = make_trainer(tmp_path, manifest, processor)
+    for task, reads in (("language", False), ("text", True)):
+        dataset = trainer._dataset(stage_of(task), epoch=0)
+        assert all((dataset[index].read_ids.shape[1] > 0) == reads for index in range(len(dataset)))
+
+
 def test_the_decoder_reads_slips_in_training_alone(processor):
     task = trainer_module.StageTask(new_model(), stage_of("text", slips=0.5))
     batch = trainer_module.MisreadBatches(TEXTS, processor, batch_tokens=300, seed=1, epoch=0)[0]
