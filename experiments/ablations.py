@@ -30,8 +30,6 @@ from leapasr.training.run import load_initial, prepare
 from leapasr.training.trainer import TRAINED_PREFIXES
 from leapasr.transcriber import load
 
-LEARNT_FROM_TEXT = TRAINED_PREFIXES["language"] + TRAINED_PREFIXES["text"]
-
 
 @dataclass(frozen=True)
 class Variant:
@@ -98,7 +96,9 @@ def run(variant: Variant, arguments: argparse.Namespace, dev: Sequence) -> dict[
     )  # fmt: skip
     if variant.pretrained_decoder:
         wanted = trainer.model.state_dict()
-        learnt = {name: value for name, value in text_model.state_dict().items() if name.startswith(LEARNT_FROM_TEXT)}
+        learnt = {
+            name: value for name, value in text_model.state_dict().items() if name.startswith(TRAINED_PREFIXES["text"])
+        }
         trainer.model.load_state_dict({name: learnt[name] for name in wanted.keys() & learnt.keys()}, strict=False)
     model = trainer.run()
     seconds = time.perf_counter() - start

@@ -139,7 +139,7 @@ class MisreadBatches(Dataset):
     ):
         self.processor, self.seed, self.epoch, self.unread = processor, seed, epoch, unread
         self.batch_tokens = batch_tokens
-        self.alike = alike_tokens(processor.tokenizer)
+        self.alike = [] if unread else alike_tokens(processor.tokenizer)
         rng = random.Random(f"{seed}/{epoch}")
         # about 2.7 characters a token; pools of like length keep padding small and the order random. Shapes come
         # from a small set (`_rounded`): compiled code and the kernels' caches grow with every new one.

@@ -32,7 +32,7 @@ from leapasr.decoding.costs import FREE, CallCosts
 from leapasr.decoding.drafts import Drafter
 from leapasr.decoding.guards import Guards
 from leapasr.decoding.interface import Decoder, Prompts
-from leapasr.decoding.loop import DecodingLoop, best_tokens
+from leapasr.decoding.loop import DecodingLoop, as_scores, best_tokens
 from leapasr.decoding.options import DecodingOptions, DecodingResult, Hypothesis, Truncation
 from leapasr.decoding.rejoin import Rejoining
 from leapasr.decoding.trace import DraftToken, TokenRecord
@@ -176,10 +176,15 @@ class _Search:
     def _ends(self, node: _Node, end_tokens: frozenset[int]) -> bool:
         return node.token in end_tokens or node.depth >= self.guards.max_tokens
 
-    def lines_for(self, feeds: Sequence[tuple[_Node, list[_Node]]], first: int) -> list[_Line]:
-        """A line for each node to read and its draft; and one that keeps the best hypothesis's, if no other does.
+    def best_path(self) -> list[_Node]:
+        """From the root along the best hypothesis, and on along the likeliest tokens as far as calls have read."""
+        return list(_known_path(self.beam[0].node))
+
+    def lines_for(self, feeds: Sequence[tuple[_Node, list[_Node]]], best: Sequence[_Node], first: int) -> list[_Line]:
+        """A line for each node to read and its draft; and one that keeps what is held of `best`, if no other does.
 
         Args:
+            best: the search's `best_path`.
             first: the cache's row of this utterance's first line.
         """
         lines = []
@@ -187,28 +192,15 @@ class _Search:
             path = node.path()
             source, num_held = self._holding(path)
             lines.append(_Line(first + source, path[:num_held], [*path[num_held:], *draft]))
-        best = list(_known_path(self.beam[0].node))
         source, num_held = self._holding(best)
         if all(_num_common([*line.path, *line.feed], best) < num_held for line in lines):
-            lines.append(_Line(first + source, best[:num_held], []))
+            lines.append(_Line(first + source, list(best[:num_held]), []))
         return lines
 
     def _holding(self, path: Sequence[_Node]) -> tuple[int, int]:
         """The line that holds most of `path`, and how many of its nodes."""
         held = [_num_common(line, path) for line in self.lines]
         return held.index(max(held)), max(held)
-
-    def as_the_best(self, node: _Node) -> list[DraftToken]:
-        """How the best hypothesis goes on behind `node`, as far as that is known; nothing if it is `node`'s own."""
-        best = list(_known_path(self.beam[0].node))[1:]
-        rejoining = Rejoining([other.token for other in best])
-        rejoining.follow(node.tokens())
-        if rejoining.is_lost:
-            return []
-        return [
-            DraftToken(record.token, math.exp(record.log_probability or 0.0), "beam")
-            for record in (other.record() for other in best[rejoining.place :])
-        ]
 
     def result(self) -> DecodingResult:
         best = self.beam[0]
@@ -252,6 +244,19 @@ def _known_path(node: _Node) -> Iterator[_Node]:
         yield node
 
 
+def _as_the_best(node: _Node, best: Sequence[_Node]) -> list[DraftToken]:
+    """How the `best_path` of a search goes on behind `node`; nothing if it is `node`'s own."""
+    told = best[1:]
+    rejoining = Rejoining([other.token for other in told])
+    rejoining.follow(node.tokens())
+    if rejoining.is_lost:
+        return []
+    return [
+        DraftToken(record.token, math.exp(record.log_probability or 0.0), "beam")
+        for record in (other.record() for other in told[rejoining.place :])
+    ]
+
+
 def _num_common(one: Sequence[_Node], other: Sequence[_Node]) -> int:
     """Nodes that two paths from the root share."""
     num = min(len(one), len(other))
@@ -285,7 +290,9 @@ class BeamLoop(DecodingLoop):
             cache.select(sources, [row.prompt_length + len(line.path) - 1 for row, line in of_rows])
             num_known = [0] * len(of_rows)
         else:
-            lines = [[_Line(n, [row.root], self._draft_nodes(row, row.root, ()))] for n, row in enumerate(rows)]
+            lines = [
+                [_Line(n, [row.root], self._draft_nodes(row, row.root, (), [row.root]))] for n, row in enumerate(rows)
+            ]
             num_known = [row.prompt_length for row in rows]
         fed = [line.feed for each in lines for line in each]
         hidden_BWD = self._call([[node.token for node in nodes] for nodes in fed], cache, prompts)
@@ -305,8 +312,9 @@ class BeamLoop(DecodingLoop):
         guesses = iter(self._guesses([node for nodes in wanted for node in nodes]))
         lines, first = [], 0
         for row, nodes in zip(rows, wanted, strict=True):
-            feeds = [(node, self._draft_nodes(row, node, next(guesses))) for node in nodes]
-            lines.append(row.lines_for(feeds, first))
+            best = row.best_path()
+            feeds = [(node, self._draft_nodes(row, node, next(guesses), best)) for node in nodes]
+            lines.append(row.lines_for(feeds, best, first))
             first += row.num_lines
         return lines
 
@@ -326,11 +334,13 @@ class BeamLoop(DecodingLoop):
             for row in zip(tokens_BG.tolist(), log_probs_BG.tolist(), strict=True)
         ]
 
-    def _draft_nodes(self, row: _Search, node: _Node, guesses: Sequence[DraftToken]) -> list[_Node]:
+    def _draft_nodes(
+        self, row: _Search, node: _Node, guesses: Sequence[DraftToken], best: Sequence[_Node]
+    ) -> list[_Node]:
         """How `node` may go on: as the best hypothesis does, or where that is no help, as the draft source says."""
         if self.options.threshold is not None:
             return []
-        draft = row.as_the_best(node) or self._drafter(node).propose(node.tokens(), guesses)
+        draft = _as_the_best(node, best) or self._drafter(node).propose(node.tokens(), guesses)
         nodes: list[_Node] = []
         for drafted in draft[: max(0, row.guards.max_tokens - 1 - node.depth)]:
             if drafted.token in self.decoder.end_tokens:
@@ -375,8 +385,7 @@ class BeamLoop(DecodingLoop):
 
     def _likeliest(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """The N likeliest ids (..., N) of logits (..., V), and their natural-log probabilities (..., N)."""
-        scores = logits.float() if logits.dtype.itemsize < 4 else logits
-        log_probs, tokens = scores.log_softmax(-1).topk(min(self.size, logits.shape[-1]))
+        log_probs, tokens = as_scores(logits).log_softmax(-1).topk(min(self.size, logits.shape[-1]))
         return tokens, log_probs
 
     def _trust(self, nodes: Sequence[_Node]) -> None:

@@ -96,10 +96,15 @@ class _Reading(NamedTuple):
         )
 
 
+def as_scores(logits: Tensor) -> Tensor:
+    """`logits` in at least float32, for probabilities."""
+    return logits.float() if logits.dtype.itemsize < 4 else logits
+
+
 def best_tokens(logits: Tensor) -> tuple[Tensor, Tensor]:
     """The likeliest ids (...) of logits (..., V), and their natural-log probabilities (...) in at least float32."""
     tokens = logits.argmax(-1)  # before any cast, for ties to fall as in transformers' greedy search
-    scores = logits.float() if logits.dtype.itemsize < 4 else logits
+    scores = as_scores(logits)
     return tokens, scores.amax(-1) - scores.logsumexp(-1)
 
 
@@ -108,7 +113,7 @@ def _with_drafted(
 ) -> tuple[Tensor, Tensor]:
     """Head 1's tokens and their log-probabilities (B, R) with the drafted ones where these stand."""
     chosen_BR = torch.where(nn.functional.pad(stands_BJ, (0, 1)), nn.functional.pad(draft_BJ, (0, 1)), tokens_BR)
-    scores = logits_BRV.float() if logits_BRV.dtype.itemsize < 4 else logits_BRV
+    scores = as_scores(logits_BRV)
     less_BR = scores.gather(-1, chosen_BR[..., None])[..., 0] - scores.amax(-1)
     return chosen_BR, log_probs_BR + less_BR
 
@@ -224,12 +229,10 @@ class DecodingLoop:
     def _advance(self, rows: list[_Row], cache: RaggedCache, prompts: Prompts | None) -> None:
         """Feed pending tokens (or the prompts) and drafts, emit what comes of it, commit what holds."""
         drafts = [self._draft(row) for row in rows]
-        if not self.strategy.accepts_other_tokens:
-            drafts = self._worthwhile(
-                drafts, max(len(row.pending) if prompts is None else row.prompt_length for row in rows)
-            )
-        tokens = [row.pending + [drafted.token for drafted in draft] for row, draft in zip(rows, drafts, strict=True)]
         num_known = [len(row.pending) if prompts is None else row.prompt_length for row in rows]
+        if self._costs is not FREE and not self.strategy.accepts_other_tokens:
+            drafts = self._worthwhile(drafts, max(num_known))
+        tokens = [row.pending + [drafted.token for drafted in draft] for row, draft in zip(rows, drafts, strict=True)]
         hidden_BWD = self._call(tokens, cache, prompts)
         readings = self._read(hidden_BWD, num_known, drafts)
         if prompts is None:

@@ -123,11 +123,8 @@ class Report:
     def label(self) -> str:
         """The strategy in a few words: ``verify both full``, ``threshold 0.9``, ``beam 4 both``."""
         numbers = [f"{value:g}" for value in (self.beam_size, self.threshold, self.ratio) if value is not None]
-        return " ".join([self.strategy, *numbers, *filter(None, (self.drafts, self._length))])
-
-    @property
-    def _length(self) -> str | None:
-        return "full" if self.draft_length == "full" else None
+        full = "full" if self.draft_length == "full" else None
+        return " ".join([self.strategy, *numbers, *filter(None, (self.drafts, full))])
 
     def figures(self) -> dict[str, Any]:
         """All but the utterances, as JSON has it."""
