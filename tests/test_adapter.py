@@ -22,7 +22,7 @@ def readings_around(ids, offsets, blank):
 
 def projection(config, dtype=torch.float64):
     torch.manual_seed(0)
-    return SpeechProjection(config).to(dtype).requires_grad_(False)
+    return SpeechProjection(config, config.adapter_size).to(dtype).requires_grad_(False)
 
 
 def test_neighbouring_readings_against_a_loop():

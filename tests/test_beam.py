@@ -180,7 +180,7 @@ def test_nothing_is_fed_that_could_not_be_emitted(build_tiny_model, prompts, gre
     """End-of-text ends a hypothesis, and what lies behind the token bound is of no use."""
     decoder, fed = SpeechLlamaDecoder(build_tiny_model()), []
     embed = decoder.embed
-    decoder.embed = lambda tokens_BW: fed.append(tokens_BW) or embed(tokens_BW)
+    decoder.embed = lambda tokens_BW, places_BW: fed.append(tokens_BW) or embed(tokens_BW, places_BW)
     bounds = [6] * NUM_ROWS
     decode(decoder, prompts, BEAM, max_tokens=bounds, drafters=scripted(greedy, kind, 40))
     assert max(tokens_BW.shape[1] for tokens_BW in fed) <= 5

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from leapasr.decoding import SpeechLlamaDecoder
+from leapasr.decoding import Prompts, SpeechLlamaDecoder
 from leapasr.decoding.cache import RaggedCache
 from leapasr.decoding.reference import full_forward
 
@@ -24,6 +24,11 @@ def rows():
     """Inputs of rows of uneven length, each (L, D)."""
     generator = torch.Generator().manual_seed(3)
     return [torch.randn(length, 32, generator=generator, dtype=torch.float64) for length in LENGTHS]
+
+
+def full(decoder, x_LD):
+    """Hidden states (L, D) of one forward pass."""
+    return full_forward(decoder, Prompts(x_LD[None], torch.tensor([len(x_LD)])), x_LD[:0])
 
 
 def feed(decoder, cache, pieces, num_committed=None):
@@ -52,13 +57,13 @@ def test_two_calls_equal_a_full_forward_at_every_split(decoder, rows, split):
     second = feed(decoder, cache, [x[at:] for x, at in zip(rows, splits, strict=True)])
     assert cache.lengths == list(LENGTHS)
     cached = [torch.cat(parts) for parts in zip(first, second, strict=True)]
-    assert_rows_close(cached, [full_forward(decoder, x) for x in rows])
+    assert_rows_close(cached, [full(decoder, x) for x in rows])
 
 
-def test_one_at_a_time_equals_a_full_forward(decoder, rows):
+def test_one_at_a_time_equals_a_full(decoder, rows):
     cache = RaggedCache(1)
     cached = [feed(decoder, cache, [rows[0][at : at + 1]])[0] for at in range(LENGTHS[0])]
-    assert_rows_close([torch.cat(cached)], [full_forward(decoder, rows[0])])
+    assert_rows_close([torch.cat(cached)], [full(decoder, rows[0])])
 
 
 def test_what_is_not_committed_leaves_no_trace(decoder, rows):
@@ -76,7 +81,7 @@ def test_what_is_not_committed_leaves_no_trace(decoder, rows):
             cached[row].append(hidden[row][: len(piece)])
             at[row] += len(piece)
     assert at == list(LENGTHS)
-    assert_rows_close([torch.cat(parts) for parts in cached], [full_forward(decoder, x) for x in rows])
+    assert_rows_close([torch.cat(parts) for parts in cached], [full(decoder, x) for x in rows])
 
 
 def test_room_beyond_need_changes_nothing(decoder, rows):
@@ -98,7 +103,7 @@ def test_selected_rows_go_on_as_they_were(decoder, rows, order):
     cache.select(order)
     assert cache.lengths == [LENGTHS[row] - 2 for row in order]
     cached = feed(decoder, cache, [rows[row][-2:] for row in order])
-    assert_rows_close(cached, [full_forward(decoder, rows[row])[-2:] for row in order])
+    assert_rows_close(cached, [full(decoder, rows[row])[-2:] for row in order])
 
 
 @pytest.mark.parametrize("longer_first", [True, False])
@@ -109,7 +114,7 @@ def test_joined_rows_go_on_as_they_were(decoder, rows, longer_first):
     feed(decoder, other, [x[:-2] for x in rows[1:]])
     cache.join(other)
     cached = feed(decoder, cache, [x[-2:] for x in rows])
-    assert_rows_close(cached, [full_forward(decoder, x)[-2:] for x in rows])
+    assert_rows_close(cached, [full(decoder, x)[-2:] for x in rows])
 
 
 def test_no_more_is_committed_than_was_written(decoder, rows):

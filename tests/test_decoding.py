@@ -42,11 +42,8 @@ def make_prompts(num_rows: int, seed: int = 0, *, dtype: torch.dtype = torch.flo
 
 def full_hidden(decoder, prompts: Prompts, row: int, tokens: Sequence[int]) -> torch.Tensor:
     """Hidden states (L, D) of a row's prompt and the tokens behind it."""
-    length = int(prompts.lengths_B[row])
-    text = decoder.embed(torch.tensor([list(tokens)], dtype=torch.long))[0]
-    return full_forward(
-        decoder, torch.cat([prompts.embeddings_BLD[row, :length], text]), prompts.positions_BL[row, :length]
-    )
+    text_1M = torch.tensor([list(tokens)], dtype=torch.long)
+    return full_forward(decoder, prompts.row(row), decoder.embed(text_1M, text_1M)[0])
 
 
 def take(prompts: Prompts, rows: Sequence[int]) -> Prompts:

@@ -36,7 +36,7 @@ def test_repetition_guard_turned_off():
 
 
 def test_token_bound_is_the_least_of_three():
-    decoder = SimpleNamespace(max_positions=20)
+    decoder = SimpleNamespace(max_positions=20, max_text=20)
 
     def bounds(max_tokens, options):
         return [guards.max_tokens for guards in guard_rows(options, decoder, [3, 15, 4], max_tokens)]
@@ -56,7 +56,7 @@ def test_token_bound_is_the_least_of_three():
 )
 def test_rows_that_cannot_be_guarded(lengths, max_tokens, message):
     with pytest.raises(ValueError, match=message):
-        guard_rows(DecodingOptions(), SimpleNamespace(max_positions=20), lengths, max_tokens)
+        guard_rows(DecodingOptions(), SimpleNamespace(max_positions=20, max_text=20), lengths, max_tokens)
 
 
 @pytest.mark.parametrize(

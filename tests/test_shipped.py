@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import generated
 
 from leapasr.audio import read_audio
 from leapasr.chunks import Chunk
@@ -89,12 +90,10 @@ def test_cached_hidden_states_are_those_of_one_forward_pass(transcriber, batch):
     """Head 1's log-probabilities from step after step through the cache, against the whole text at once."""
     decoder = transcriber.decoder
     for row, result in enumerate(transcriber.decode(batch, AUTOREGRESSIVE).results):
-        length = int(batch.prompts.lengths_B[row])
-        prompt = batch.prompts.embeddings_BLD[row, :length]
-        positions = batch.prompts.positions_BL[row, :length]
+        prompt = batch.prompts.row(row)
         with torch.inference_mode():
-            inputs = torch.cat([prompt, decoder.embed(torch.tensor([result.tokens]))[0]])
-            hidden = full_forward(decoder, inputs, positions)[length - 1 :]
+            text, places = torch.tensor([result.tokens]), 1 + torch.arange(len(result.tokens))[None]
+            hidden = full_forward(decoder, prompt, decoder.embed(text, places)[0])[int(prompt.lengths_B) - 1 :]
             log_probs = decoder.logits(hidden).log_softmax(-1)
         tokens = torch.tensor([record.token for record in result.trace])
         expected = log_probs[: len(tokens)].gather(1, tokens[:, None])[:, 0]
@@ -106,13 +105,7 @@ def test_transformers_generate_writes_the_same(transcriber, batch):
     model = transcriber.model
     results = transcriber.decode(batch, AUTOREGRESSIVE).results
     for row, result in enumerate(results):
-        length = int(batch.prompts.lengths_B[row])
-        tokens = model.decoder.generate(
-            inputs_embeds=batch.prompts.embeddings_BLD[row : row + 1, :length],
-            position_ids=batch.prompts.positions_BL[row : row + 1, :length],
-            do_sample=False,
-            max_new_tokens=batch.max_tokens[row],
-        )[0].tolist()
+        tokens = generated(model, batch.prompts, row, max_new_tokens=batch.max_tokens[row])
         assert tokens[:-1] == result.tokens
         assert tokens[-1] == model.config.eos_token_id
 

@@ -31,9 +31,9 @@ VOCAB_SIZE = 96
 QUICK = {"precision": "fp32", "compile": False, "num_workers": 0}
 
 
-def small_tiny(encoder: str | None = None):
-    """The preset `tiny`, its stages and all, in a size that trains in a moment."""
-    model, stages = config.tiny(encoder)
+def small_scratch(encoder: str | None = None):
+    """The preset `scratch`, its stages and all, in a size that trains in a moment."""
+    model, stages = config.scratch(encoder)
     fields = {"adapter_size": 16, "adapter_layers": 1, "adapter_attention_heads": 2, "adapter_ffn_size": 32}
     decoder = small_llama(VOCAB_SIZE, size=32, layers=1, ffn=64, heads=2)
     model = replace(model, decoder=decoder, vocab_size=VOCAB_SIZE, fields=model.fields | fields | {"num_heads": 3})
@@ -47,7 +47,7 @@ def small_tiny(encoder: str | None = None):
 @pytest.fixture
 def data(tmp_path, monkeypatch) -> dict:
     """Arguments of `train`: the sample recordings three times over, prose, and a pretrained Whisper of two layers."""
-    monkeypatch.setitem(config.PRESETS, "tiny", small_tiny)
+    monkeypatch.setitem(config.PRESETS, "scratch", small_scratch)
     torch.manual_seed(0)
     fields = {"d_model": 16, "encoder_ffn_dim": 32, "encoder_layers": 2, "encoder_attention_heads": 2}
     fields |= {"decoder_ffn_dim": 32, "decoder_layers": 1, "decoder_attention_heads": 2, "vocab_size": 64}
@@ -87,11 +87,11 @@ def from_model(data: dict, initial: Path, output: str) -> dict:
 
 @pytest.fixture
 def trained(data) -> Path:
-    return train("tiny", **data, stages="ctc")
+    return train("scratch", **data, stages="ctc")
 
 
 def test_one_command_trains_every_stage(data):
-    folder = train("tiny", **data)
+    folder = train("scratch", **data)
     output = data["output"]
     assert folder == output / "model"
     logged = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
@@ -125,7 +125,7 @@ def test_one_command_trains_every_stage(data):
 
 
 def test_the_same_command_goes_on_where_it_was_interrupted(data, monkeypatch):
-    whole = saved_state(train("tiny", **data))
+    whole = saved_state(train("scratch", **data))
     rate, num_calls = trainer_module.learning_rate, 0
 
     def interrupted_rate(stage, update):
@@ -138,8 +138,8 @@ def test_the_same_command_goes_on_where_it_was_interrupted(data, monkeypatch):
     again = data | {"output": data["output"].parent / "interrupted", "checkpoint_minutes": 0.0}
     monkeypatch.setattr(trainer_module, "learning_rate", interrupted_rate)
     with pytest.raises(KeyboardInterrupt):
-        train("tiny", **again)
-    resumed = saved_state(train("tiny", **again))
+        train("scratch", **again)
+    resumed = saved_state(train("scratch", **again))
     assert num_calls == 16
     for name, weight in whole.items():
         torch.testing.assert_close(resumed[name], weight, rtol=0, atol=0, msg=name)
@@ -197,7 +197,7 @@ def test_new_heads_begin_as_head_1(build_tiny_model, tmp_path):
 
 
 def test_training_goes_on_from_a_model(data, trained):
-    folder = train("tiny", **from_model(data, trained, "more"), stages="joint")
+    folder = train("scratch", **from_model(data, trained, "more"), stages="joint")
     model, processor = load_initial(folder)
     assert model.num_heads == 3
     assert processor.tokenizer.get_vocab() == load_initial(trained)[1].tokenizer.get_vocab()
@@ -229,9 +229,9 @@ def test_cached_frames_give_the_same_loss(trained, data, tmp_path):
 
 def test_training_from_cached_frames_gives_the_same_model(data, trained, tmp_path, monkeypatch):
     arguments = from_model(data, trained, "one") | {"augment": False}
-    expected = saved_state(train("tiny", **arguments, stages="ctc"))
+    expected = saved_state(train("scratch", **arguments, stages="ctc"))
     arguments |= {"output": tmp_path / "two", "encoder_cache": tmp_path / "frames", "dev": []}
-    got = saved_state(train("tiny", **arguments, stages="ctc"))
+    got = saved_state(train("scratch", **arguments, stages="ctc"))
     for name, weight in expected.items():
         torch.testing.assert_close(got[name], weight, rtol=1e-4, atol=1e-5, msg=name)
     assert not torch.equal(got["ctc_head.weight"], saved_state(trained)["ctc_head.weight"])
@@ -240,7 +240,7 @@ def test_training_from_cached_frames_gives_the_same_model(data, trained, tmp_pat
         raise AssertionError("the frames are there already")
 
     monkeypatch.setattr("leapasr.model.encoders.WhisperSpeechEncoder.forward", encode)
-    train("tiny", **arguments | {"output": tmp_path / "three"}, stages="ctc")
+    train("scratch", **arguments | {"output": tmp_path / "three"}, stages="ctc")
 
 
 def test_frames_are_of_these_weights_and_this_audio(data, trained, tmp_path):
@@ -300,11 +300,11 @@ def test_an_interrupted_cache_keeps_whole_shards(data, trained, tmp_path, monkey
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"preset": "huge"}, "unknown preset 'huge': choose one of tiny, base, heads"),
+        ({"preset": "huge"}, "unknown preset 'huge': choose one of tiny, scratch, base, heads"),
         ({"stages": "ctc,mwer"}, "unknown stages mwer: this preset has language, text, ctc, encoder, joint"),
         ({"updates": 0}, "updates must be at least 1, got 0"),
         ({"text": []}, "the stage 'language' has no text"),
-        ({"text": [], "stages": "ctc"}, "a tokenizer must be trained first"),
+        ({"text": [], "stages": "ctc"}, "a tokenizer must be made from text first"),
         ({"manifests": []}, "no training manifest"),
         ({"manifests": ["nowhere.jsonl"]}, r"nowhere\.jsonl does not exist"),
         ({"manifests": ["{manifest}=much"]}, "positive number, got 'much'"),
@@ -321,7 +321,7 @@ def test_an_interrupted_cache_keeps_whole_shards(data, trained, tmp_path, monkey
 )
 def test_errors_come_early(data, monkeypatch, changes, message):
     monkeypatch.setattr("leapasr.training.trainer.Trainer.run", lambda self: pytest.fail("this trains"))
-    arguments = {"preset": "tiny"} | data | changes
+    arguments = {"preset": "scratch"} | data | changes
     arguments["manifests"] = [m.format(manifest=data["manifests"][0]) for m in arguments["manifests"]]
     with pytest.raises(ValueError, match=message):
         train(**arguments)
@@ -330,7 +330,7 @@ def test_errors_come_early(data, monkeypatch, changes, message):
 def test_a_vocabulary_of_another_size_is_an_error(data, trained, tmp_path):
     (tmp_path / "prose.txt").write_text("The end of it.\n")
     with pytest.raises(ValueError, match=r"the text gives a vocabulary of .* tokens only, and 96 are wanted"):
-        train("tiny", **data | {"output": tmp_path / "new"})
+        train("scratch", **data | {"output": tmp_path / "new"})
     _, processor = load_initial(trained)
     processor.tokenizer.add_tokens(["<more>"])
     processor.save_pretrained(trained)
@@ -339,7 +339,7 @@ def test_a_vocabulary_of_another_size_is_an_error(data, trained, tmp_path):
 
 
 def test_heads_need_more_than_one(data, trained):
-    one = train("tiny", **from_model(data, trained, "one"), stages="ctc", num_heads=1)
+    one = train("scratch", **from_model(data, trained, "one"), stages="ctc", num_heads=1)
     with pytest.raises(ValueError, match=r"head 1 alone \(K = 1\).*give --heads K"):
         train("heads", **from_model(data, one, "heads"))
 
@@ -350,7 +350,7 @@ def test_a_loss_that_is_not_finite_ends_training(data, trained):
         model.ctc_head.weight[0, 0] = torch.nan
     model.save_pretrained(trained)
     with pytest.raises(TrainingError, match=r"stage 'joint', update 0: loss nan.*Lower the learning rate"):
-        train("tiny", **from_model(data, trained, "nan"), stages="joint")
+        train("scratch", **from_model(data, trained, "nan"), stages="joint")
     assert not (data["output"].parent / "nan" / "model").exists()
 
 
@@ -362,7 +362,7 @@ def test_what_cannot_be_used_is_reported(data, tmp_path):
     manifest = write_manifest(tmp_path / "whole.jsonl", lines)  # no line names a use: all are for training
     reported: list[str] = []
     arguments = data | {"manifests": [str(manifest)], "dev": [], "report": reported.append}
-    train("tiny", **arguments, stages="ctc", updates=1)
+    train("scratch", **arguments, stages="ctc", updates=1)
     assert len(reported) == 3
     for message in ("whole.jsonl:4: audio file not found", "more than CTC can align", "empty: empty text"):
         assert any(message in line for line in reported), reported
@@ -377,7 +377,7 @@ def test_weights_of_manifests(tmp_path):
 
 def test_command_line(data):
     output = data["output"]
-    command = ["train", "--preset", "tiny", "--encoder", data["encoder"], "--output", str(output)]
+    command = ["train", "--preset", "scratch", "--encoder", data["encoder"], "--output", str(output)]
     command += ["--text", str(data["text"][0]), "--manifest", f"{data['manifests'][0]}=2", "--dev", str(data["dev"][0])]
     command += ["--updates", "1", "--no-compile", "--precision", "fp32"]
     result = CliRunner().invoke(app, command)

@@ -330,14 +330,20 @@ def calibrate(
 def train(
     output: Annotated[Path, typer.Option(help="Folder of checkpoints, logs and the trained model.")],
     preset: Annotated[
-        str, typer.Option(help="tiny (what ships), base (the paper's scale), or heads (on the frozen --init model).")
+        str,
+        typer.Option(
+            help="tiny (what ships: a Whisper, decoder and all), scratch (a new decoder behind a Whisper encoder), "
+            "base (the paper's scale), or heads (on the frozen --init model)."
+        ),
     ] = "tiny",
     manifest: Annotated[
         list[str] | None, typer.Option(help="Training manifest; with =WEIGHT, how often an epoch holds it.")
     ] = None,
     dev: Annotated[list[Path] | None, typer.Option(help="Manifest to evaluate on: its lines with use = dev.")] = None,
     text: Annotated[list[Path] | None, typer.Option(help="Prose, plain or .xz, a paragraph a line.")] = None,
-    encoder: Annotated[str | None, typer.Option(help="Pretrained encoder: hub name or folder.")] = None,
+    encoder: Annotated[
+        str | None, typer.Option(help="Pretrained encoder, for tiny a whole Whisper: hub name or folder.")
+    ] = None,
     init: Annotated[Path | None, typer.Option(help="Go on from this leapasr model instead of building one.")] = None,
     heads: Annotated[int | None, typer.Option(min=1, help="Heads of the model, head 1 included.")] = None,
     head_type: Annotated[

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 from transformers import LlamaConfig, ParakeetEncoderConfig, PreTrainedConfig
 
 from leapasr.data.augmentation import NO_AUGMENTATION, Augmentation
+from leapasr.model.whisper_decoder import WhisperDecoder
 
 Task = Literal["language", "text", "ctc", "joint", "heads"]
 
@@ -26,7 +27,8 @@ class Stage:
     learning_rate: the peak; linear warm-up over `warmup` updates, then linear decay to `final_lr` of it.
     frozen_encoder_layers: encoder layers (from the bottom) without gradient; None freezes them all.
     lr_scale: factor on the learning rate by parameter-name prefix.
-    head_weights: weight of the cross-entropy of heads 1..K; None is 1 for head 1 and 0.8^(k−1) · 0.3 for head k.
+    head_weights: weights of the cross-entropy of heads 1..K; a number w stands for 1 for head 1 and 0.8^(k−1) · w for
+        head k.
     ctc_weight: weight of the CTC loss beside it.
     slips: probability that a token which the decoder reads in training is not the right one (`with_slips`).
     """
@@ -40,7 +42,7 @@ class Stage:
     final_lr: float = 0.05
     frozen_encoder_layers: int | None = 0
     lr_scale: dict[str, float] = field(default_factory=dict)
-    head_weights: tuple[float, ...] | None = None
+    head_weights: tuple[float, ...] | float = 0.3
     ctc_weight: float = 0.5
     slips: float = 0.0
     max_norm: float = 2.0
@@ -63,8 +65,8 @@ class Stage:
         Raises:
             ValueError: `head_weights` does not name one weight a head.
         """
-        if self.head_weights is None:
-            return (1.0, *(0.3 * 0.8 ** (k - 1) for k in range(2, num_heads + 1)))
+        if not isinstance(self.head_weights, tuple):
+            return (1.0, *(self.head_weights * 0.8 ** (k - 1) for k in range(2, num_heads + 1)))
         if len(self.head_weights) != num_heads:
             raise ValueError(f"stage {self.name!r}: {len(self.head_weights)} head_weights for K = {num_heads}")
         return self.head_weights
@@ -75,14 +77,16 @@ class ModelPreset:
     """What a model is built from when training begins.
 
     encoder: hub name or folder of a pretrained encoder (transformers or CTranslate2), or a configuration for
-        random weights. decoder: likewise a pretrained LM, or a LLaMA configuration.
-    vocab_size: size of the tokenizer trained on the text, unless `decoder` is pretrained and brings its own.
+        random weights. decoder: likewise a pretrained LM, or a LLaMA configuration, or the decoder of the Whisper
+        that `encoder` names.
+    vocab_size: size of the tokenizer trained on the text, or of what is kept of Whisper's where the decoder is its own;
+        other pretrained decoders bring theirs.
     fields: further fields of `SpeechLlamaConfig`.
     lora_rank: rank of low-rank adapters (peft) on a pretrained decoder, which then stays frozen; 0: none.
     """
 
     encoder: str | PreTrainedConfig
-    decoder: str | LlamaConfig
+    decoder: str | LlamaConfig | WhisperDecoder
     vocab_size: int = 1024
     fields: dict = field(default_factory=dict)
     lora_rank: int = 0
@@ -150,7 +154,40 @@ def small_llama(vocab_size: int, *, size: int, layers: int, ffn: int, heads: int
 
 
 def tiny(encoder: str | None = None) -> tuple[ModelPreset, tuple[Stage, ...]]:
-    """What ships: a pretrained Whisper encoder (`encoder`; Whisper base), a 13M-parameter decoder, K = 8."""
+    """What ships: a pretrained Whisper (`encoder`; tiny.en), its decoder rewritten as a LLaMA, K = 8."""
+    model = ModelPreset(
+        encoder=encoder or "openai/whisper-tiny.en",
+        decoder=WhisperDecoder(),
+        vocab_size=16384,
+        fields={
+            "encoder_pooling_layer": 4, "encoder_stacking": 1, "decoder_stacking": 1, "adapter_size": 384,
+            "adapter_layers": 2, "adapter_attention_heads": 6, "adapter_ffn_size": 1024, "ctc_lookahead": 7,
+            "num_heads": 8, "head_type": "latent",
+        },
+    )  # fmt: skip
+    light = Augmentation(
+        speed=0.5, noise=0.15, reverberation=0.05, num_time_masks=2, max_time_mask=0.25, num_feature_masks=1,
+        max_feature_mask=15,
+    )  # fmt: skip
+    # little, where Whisper's weights are: its token embeddings are small, and a step of Adam has one size for all
+    scales = {
+        "encoder.": 0.1, "decoder.": 0.1, "decoder.model.embed_tokens.": 0.01, "decoder.lm_head.": 0.01,
+        "speech_projection.projection.": 0.05, "soft_prompt.": 0.05, "text_positions.": 0.05, "mtp_heads.": 2.0,
+    }  # fmt: skip
+    joint = Stage("joint", "joint", updates=3000, batch=65, learning_rate=4e-4, lr_scale=scales, augmentation=light)
+    stages = (
+        # CTC leaves its all-blank plateau after 100 updates; the encoder must not move before that
+        Stage("ctc", "ctc", updates=400, batch=65, learning_rate=1e-3, warmup=40, frozen_encoder_layers=None,
+              lr_scale={"ctc_head.": 0.3}),
+        # until further heads have learnt what comes when, they must not pull at what head 1 knows
+        replace(joint, name="settle", updates=300, warmup=50, final_lr=1.0, averaging=0.98, head_weights=0.01),
+        joint,
+    )  # fmt: skip
+    return model, stages
+
+
+def scratch(encoder: str | None = None) -> tuple[ModelPreset, tuple[Stage, ...]]:
+    """A pretrained Whisper encoder (`encoder`; Whisper base), a decoder of 13M parameters from random weights."""
     model = ModelPreset(
         encoder=encoder or "openai/whisper-base",
         decoder=small_llama(1024, size=512, layers=4, ffn=1280, heads=8),
@@ -210,6 +247,7 @@ def heads() -> tuple[None, tuple[Stage, ...]]:
 
 PRESETS: dict[str, Callable[..., tuple[ModelPreset | None, tuple[Stage, ...]]]] = {
     "tiny": tiny,
+    "scratch": scratch,
     "base": base,
     "heads": heads,
 }

@@ -293,9 +293,10 @@ class BeamLoop(DecodingLoop):
             lines = [
                 [_Line(n, [row.root], self._draft_nodes(row, row.root, (), [row.root]))] for n, row in enumerate(rows)
             ]
-            num_known = [row.prompt_length for row in rows]
+            num_known = prompts.lengths_B.tolist()
         fed = [line.feed for each in lines for line in each]
-        hidden_BWD = self._call([[node.token for node in nodes] for nodes in fed], cache, prompts)
+        prompt_lengths = [row.prompt_length for row, each in zip(rows, lines, strict=True) for _ in each]
+        hidden_BWD = self._call([[node.token for node in nodes] for nodes in fed], cache, prompt_lengths, prompts)
         cache.commit([known + len(nodes) for known, nodes in zip(num_known, fed, strict=True)])
         if prompts is not None:
             fed = [[row.root, *nodes] for row, nodes in zip(rows, fed, strict=True)]

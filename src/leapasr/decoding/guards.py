@@ -68,6 +68,6 @@ def guard_rows(
             )
         if bound < 1:
             raise ValueError(f"the token bound of row {row} must be at least 1, got {bound}")
-        bound = min(room, bound, options.max_tokens or bound)
+        bound = min(room, bound, decoder.max_text, options.max_tokens or bound)
         guards.append(Guards(bound, options.max_repeats))
     return guards

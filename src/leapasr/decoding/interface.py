@@ -24,12 +24,36 @@ class Prompts:
     positions_BL int64 (B, L) says where each place lies for the decoder; None: one behind the other. Text goes on
     behind the prompt's places, consecutively, whatever these say.
 
-    A decoder with cross-attention takes a subclass that carries its encoder states too, and keeps them in its cache.
+    A decoder with a memory of speech (`SpeechLlamaConfig.speech_as_memory`) keeps memory_BMD (B, M, D), of lengths
+    memory_lengths_B (B,), in its cache before all else; its prompt is what is left: begin-of-text.
     """
 
     embeddings_BLD: Tensor
     lengths_B: Tensor
     positions_BL: Tensor | None = None
+    memory_BMD: Tensor | None = None
+    memory_lengths_B: Tensor | None = None
+
+    @property
+    def num_slots(self) -> list[int]:
+        """What each row fills of the cache before its text: memory and prompt."""
+        slots_B = self.lengths_B if self.memory_lengths_B is None else self.lengths_B + self.memory_lengths_B
+        return slots_B.tolist()
+
+    def row(self, index: int) -> Prompts:
+        """One row by itself, without padding."""
+        length, memory_length = self.lengths_B[index], None
+        memory = self.memory_BMD
+        if memory is not None and self.memory_lengths_B is not None:
+            memory_length = self.memory_lengths_B[index : index + 1]
+            memory = memory[index : index + 1, : int(memory_length)]
+        return Prompts(
+            self.embeddings_BLD[index : index + 1, :length],
+            self.lengths_B[index : index + 1],
+            None if self.positions_BL is None else self.positions_BL[index : index + 1, :length],
+            memory,
+            memory_length,
+        )
 
 
 class Decoder(Protocol):
@@ -38,6 +62,7 @@ class Decoder(Protocol):
     Attributes:
         num_heads: K, head 1 included.
         max_positions: positions that it knows, prompt and text together.
+        max_text: tokens of the longest text that it can write.
         vocab_size: V.
         end_tokens: token ids that end a text.
         device: where its inputs go.
@@ -46,16 +71,17 @@ class Decoder(Protocol):
 
     num_heads: int
     max_positions: int
+    max_text: int
     vocab_size: int
     end_tokens: frozenset[int]
     device: torch.device
     dtype: torch.dtype
 
     def new_cache(self, prompts: Prompts) -> RaggedCache:
-        """An empty cache for the rows of `prompts`."""
+        """A cache for the rows of `prompts` that holds their memory, and nothing else."""
 
-    def embed(self, tokens_BW: Tensor) -> Tensor:
-        """Embeddings (B, W, D) of token ids (B, W)."""
+    def embed(self, tokens_BW: Tensor, places_BW: Tensor) -> Tensor:
+        """Embeddings (B, W, D) of token ids (B, W) at these places of their texts; begin-of-text lies at place 0."""
 
     def call(
         self, embeddings_BWD: Tensor, positions_BW: Tensor, mask_B1WS: Tensor, cache: RaggedCache | None
@@ -101,6 +127,7 @@ class CausalLMDecoder:
         self.mtp_heads = mtp_heads
         self.num_heads = 1 if mtp_heads is None else mtp_heads.num_heads
         self.max_positions: int = config.max_position_embeddings
+        self.max_text = self.max_positions
         self.vocab_size: int = config.vocab_size
         self.end_tokens = frozenset([end] if isinstance(end, int) else end)
         self.device = causal_lm.device
@@ -109,7 +136,7 @@ class CausalLMDecoder:
     def new_cache(self, prompts: Prompts) -> RaggedCache:
         return RaggedCache(len(prompts.lengths_B), device=self.device)
 
-    def embed(self, tokens_BW: Tensor) -> Tensor:
+    def embed(self, tokens_BW: Tensor, places_BW: Tensor) -> Tensor:
         return self.embed_tokens(tokens_BW)
 
     def call(
@@ -137,3 +164,18 @@ class SpeechLlamaDecoder(CausalLMDecoder):
 
     def __init__(self, model: SpeechLlamaForConditionalGeneration):
         super().__init__(model.decoder, model.mtp_heads)
+        self._embed_text, self._memory = model.embed_text, model.memory
+        if model.config.text_positions:
+            self.max_text = model.config.text_positions - 1
+
+    def embed(self, tokens_BW: Tensor, places_BW: Tensor) -> Tensor:
+        return self._embed_text(tokens_BW, places_BW)
+
+    def new_cache(self, prompts: Prompts) -> RaggedCache:
+        cache = super().new_cache(prompts)
+        if prompts.memory_BMD is not None and prompts.memory_lengths_B is not None:
+            cache.plan(prompts.memory_BMD.shape[1], self.dtype)
+            for layer, (keys, values) in enumerate(self._memory(prompts.memory_BMD)):
+                cache.update(keys, values, layer)
+            cache.commit(prompts.memory_lengths_B.tolist())
+        return cache

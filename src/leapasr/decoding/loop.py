@@ -37,7 +37,7 @@ class _Row:
     """One utterance, from the moment it is added to its last token."""
 
     key: int
-    prompt_length: int
+    prompt_length: int  # slots of the cache before the text
     guards: Guards
     drafter: Drafter
     tokens: list[int] = field(default_factory=list)
@@ -186,7 +186,7 @@ class DecodingLoop:
             drafters = [MTPDrafter() for _ in range(num_rows)]
         if len(drafters) != num_rows:
             raise ValueError(f"{len(drafters)} drafters for {num_rows} prompts: give one for each")
-        lengths = prompts.lengths_B.tolist()
+        lengths = prompts.num_slots
         guards = guard_rows(self.options, self.decoder, lengths, max_tokens)
         keys = range(self._num_added, self._num_added + num_rows)
         self._num_added += num_rows
@@ -229,11 +229,11 @@ class DecodingLoop:
     def _advance(self, rows: list[_Row], cache: RaggedCache, prompts: Prompts | None) -> None:
         """Feed pending tokens (or the prompts) and drafts, emit what comes of it, commit what holds."""
         drafts = [self._draft(row) for row in rows]
-        num_known = [len(row.pending) if prompts is None else row.prompt_length for row in rows]
+        num_known = [len(row.pending) for row in rows] if prompts is None else prompts.lengths_B.tolist()
         if self._costs is not FREE and not self.strategy.accepts_other_tokens:
             drafts = self._worthwhile(drafts, max(num_known))
         tokens = [row.pending + [drafted.token for drafted in draft] for row, draft in zip(rows, drafts, strict=True)]
-        hidden_BWD = self._call(tokens, cache, prompts)
+        hidden_BWD = self._call(tokens, cache, [row.prompt_length for row in rows], prompts)
         readings = self._read(hidden_BWD, num_known, drafts)
         if prompts is None:
             self._width += (hidden_BWD.shape[1] - self._width) / 8
@@ -243,9 +243,20 @@ class DecodingLoop:
             self._emit(row, draft, reading)
         cache.commit([known + reading.num_accepted for known, reading in zip(num_known, readings, strict=True)])
 
-    def _call(self, tokens: Sequence[Sequence[int]], cache: RaggedCache, prompts: Prompts | None) -> Tensor:
+    def _call(
+        self,
+        tokens: Sequence[Sequence[int]],
+        cache: RaggedCache,
+        prompt_lengths: Sequence[int],
+        prompts: Prompts | None,
+    ) -> Tensor:
         """Feed each row's tokens, behind the prompts if given: hidden states (B, W, D) of all that was fed."""
-        embeddings_BWD = self.decoder.embed(self._padded(tokens, 0))
+        tokens_BW = self._padded(tokens, 0)
+        num_fed = [1 + max(0, held - length) for held, length in zip(cache.lengths, prompt_lengths, strict=True)]
+        places_BW = torch.tensor(num_fed, device=tokens_BW.device)[:, None] + torch.arange(
+            tokens_BW.shape[1], device=tokens_BW.device
+        )
+        embeddings_BWD = self.decoder.embed(tokens_BW, places_BW)
         if prompts is not None and any(tokens):
             num_tokens_B = torch.tensor([len(row) for row in tokens], device=self.decoder.device)
             embeddings_BWD, _ = join_rows(prompts.embeddings_BLD, prompts.lengths_B, embeddings_BWD, num_tokens_B)

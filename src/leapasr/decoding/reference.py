@@ -19,14 +19,26 @@ from leapasr.decoding.trace import TokenRecord
 from leapasr.model.speech_llama import causal_mask
 
 
-def full_forward(decoder: Decoder, embeddings_LD: Tensor, first_positions: Tensor | None = None) -> Tensor:
-    """Hidden states (L, D) of one row's whole input (L, D), without a cache; `first_positions` are of its prompt."""
+def full_forward(decoder: Decoder, prompt: Prompts, text_LD: Tensor) -> Tensor:
+    """Hidden states (L', D) of one row's prompt and text (L, D) behind it; nothing is kept from call to call."""
+    embeddings_LD = torch.cat([prompt.embeddings_BLD[0], text_LD])
     L = len(embeddings_LD)
+    if prompt.memory_BMD is not None:
+        cache = decoder.new_cache(prompt)
+        return decoder.call(embeddings_LD[None], *cache.plan(L, decoder.dtype), cache)[0]
     positions_L = torch.arange(L, device=decoder.device)
-    if first_positions is not None:
-        positions_L[: len(first_positions)] = first_positions
+    if prompt.positions_BL is not None:
+        positions_L[: prompt.positions_BL.shape[1]] = prompt.positions_BL[0]
     mask_11LL = causal_mask(L, decoder.dtype, decoder.device)
     return decoder.call(embeddings_LD[None], positions_L[None], mask_11LL, None)[0]
+
+
+def _next_log_probabilities(decoder: Decoder, prompt: Prompts, tokens: Sequence[int]) -> Tensor:
+    """Head 1's log-probabilities (V,) of the token behind a row's prompt and `tokens`."""
+    text_1M = torch.tensor([tokens], dtype=torch.long, device=decoder.device)
+    places_1M = 1 + torch.arange(len(tokens), device=decoder.device)[None]
+    hidden_LD = full_forward(decoder, prompt, decoder.embed(text_1M, places_1M)[0])
+    return decoder.logits(hidden_LD[-1]).log_softmax(-1)
 
 
 @torch.inference_mode()
@@ -34,24 +46,15 @@ def decode_reference(
     decoder: Decoder, prompts: Prompts, options: DecodingOptions, *, max_tokens: Sequence[int] | None = None
 ) -> list[DecodingResult]:
     """What `decode` gives with strategy ``autoregressive``; of the options only the guards are read."""
-    lengths = prompts.lengths_B.tolist()
-    guards = guard_rows(options, decoder, lengths, max_tokens)
-    positions = [None] * len(lengths) if prompts.positions_BL is None else prompts.positions_BL
-    return [
-        _decode_row(decoder, prompt_LD[:length], None if places is None else places[:length], row_guards)
-        for prompt_LD, places, length, row_guards in zip(
-            prompts.embeddings_BLD, positions, lengths, guards, strict=True
-        )
-    ]
+    guards = guard_rows(options, decoder, prompts.num_slots, max_tokens)
+    return [_decode_row(decoder, prompts.row(index), row_guards) for index, row_guards in enumerate(guards)]
 
 
-def _decode_row(decoder: Decoder, prompt_LD: Tensor, positions_L: Tensor | None, guards: Guards) -> DecodingResult:
+def _decode_row(decoder: Decoder, prompt: Prompts, guards: Guards) -> DecodingResult:
     tokens: list[int] = []
     trace: list[TokenRecord] = []
     while True:
-        text = torch.tensor(tokens, dtype=torch.long, device=decoder.device)
-        embeddings = torch.cat([prompt_LD, decoder.embed(text[None])[0]])
-        log_probs_V = decoder.logits(full_forward(decoder, embeddings, positions_L)[-1]).log_softmax(-1)
+        log_probs_V = _next_log_probabilities(decoder, prompt, tokens)
         token = int(log_probs_V.argmax())
         trace.append(TokenRecord(token, len(trace), "head1", None, float(log_probs_V[token])))
         if token in decoder.end_tokens:
@@ -68,28 +71,16 @@ def beam_reference(
     decoder: Decoder, prompts: Prompts, options: DecodingOptions, *, max_tokens: Sequence[int] | None = None
 ) -> list[list[Hypothesis]]:
     """A textbook beam search: the hypotheses that `decode` gives with strategy ``beam`` and no threshold."""
-    lengths = prompts.lengths_B.tolist()
-    guards = guard_rows(options, decoder, lengths, max_tokens)
-    positions = [None] * len(lengths) if prompts.positions_BL is None else prompts.positions_BL
-    assert options.beam_size_used is not None
+    guards = guard_rows(options, decoder, prompts.num_slots, max_tokens)
+    size, nbest = options.beam_size_used, options.nbest or 1
+    assert size is not None
     return [
-        _search_row(
-            decoder,
-            prompt_LD[:length],
-            None if places is None else places[:length],
-            row_guards,
-            beam_size=options.beam_size_used,
-            nbest=options.nbest or 1,
-        )
-        for prompt_LD, places, length, row_guards in zip(
-            prompts.embeddings_BLD, positions, lengths, guards, strict=True
-        )
+        _search_row(decoder, prompts.row(index), row_guards, beam_size=size, nbest=nbest)
+        for index, row_guards in enumerate(guards)
     ]
 
 
-def _search_row(
-    decoder: Decoder, prompt_LD: Tensor, positions_L: Tensor | None, guards: Guards, *, beam_size: int, nbest: int
-) -> list[Hypothesis]:
+def _search_row(decoder: Decoder, prompt: Prompts, guards: Guards, *, beam_size: int, nbest: int) -> list[Hypothesis]:
     beam: list[tuple[list[int], float, Hypothesis | None]] = [([], 0.0, None)]  # the last once it has ended
     while any(ended is None for _, _, ended in beam[:nbest]):
         candidates: list[tuple[list[int], float, Hypothesis | None]] = []
@@ -97,9 +88,7 @@ def _search_row(
             if ended is not None:
                 candidates.append((tokens, score, ended))
                 continue
-            text = torch.tensor(tokens, dtype=torch.long, device=decoder.device)
-            embeddings = torch.cat([prompt_LD, decoder.embed(text[None])[0]])
-            log_probs_V = decoder.logits(full_forward(decoder, embeddings, positions_L)[-1]).log_softmax(-1)
+            log_probs_V = _next_log_probabilities(decoder, prompt, tokens)
             for token, log_probability in enumerate(log_probs_V.tolist()):
                 total = score + log_probability
                 cut = None if token in decoder.end_tokens else guards.cut([*tokens, token])

@@ -55,6 +55,32 @@ class Adapter(nn.Module):
         return self.norm(x), lengths_B
 
 
+class SharedCTCHead(nn.Module):
+    """A CTC head that finds tokens through the decoder's unembedding, and the blank by a vector of its own.
+
+    A vocabulary of many thousand tokens is then known from the start: as rows of random weights, most of them would be
+    met too seldom, and CTC would stay on its all-blank plateau.
+    """
+
+    def __init__(self, config: SpeechLlamaConfig):
+        super().__init__()
+        self.blank_token_id = config.blank_token_id
+        self.projection = nn.Linear(config.adapter_size, config.decoder_config.hidden_size)
+        self.blank = nn.Linear(config.adapter_size, 1)
+
+    def forward(self, frames_BTD: Tensor, unembedding_VD: Tensor) -> Tensor:
+        """Adapter frames (B, T, adapter_size) to logits (B, T, V)."""
+        logits_BTV = nn.functional.linear(self.projection(frames_BTD), unembedding_VD)
+        logits_BTV[..., self.blank_token_id] = self.blank(frames_BTD)[..., 0]
+        return logits_BTV
+
+    @torch.no_grad()
+    def reset_from(self, norm: nn.Module) -> None:
+        """Take adapter frames for what the decoder's last norm gives, as far as their widths allow."""
+        size = min(self.projection.weight.shape)
+        self.projection.weight[:size, :size] = torch.diag(norm.weight[:size])  # type: ignore[index,arg-type]
+
+
 class SpeechProjection(nn.Module):
     """Adapter frames to speech embeddings in the decoder's width.
 
@@ -66,12 +92,15 @@ class SpeechProjection(nn.Module):
     first have to learn to join neighbouring places. The posterior is detached: the CTC head learns from the CTC
     loss alone.
 
+    Where speech is the decoder's memory the embedding is that of CTC's best token, which is cheaper where there are
+    many tokens.
+
     With `ctc_positions` the prompt's positions count CTC's tokens, from the position of begin-of-text on: text and
     prompt then share one axis, and as far as CTC has the right number of tokens the decoder finds what it is to
     write next at its own position, however long the prompt.
     """
 
-    def __init__(self, config: SpeechLlamaConfig):
+    def __init__(self, config: SpeechLlamaConfig, frame_size: int):
         super().__init__()
         self.stacking = config.decoder_stacking
         self.ctc_in_prompt = config.ctc_in_prompt
@@ -79,7 +108,10 @@ class SpeechProjection(nn.Module):
         self.ctc_positions = config.ctc_positions
         self.blank = config.blank_token_id
         size = config.decoder_config.hidden_size
-        self.projection = nn.Linear(config.adapter_size * self.stacking, size)
+        self.projection = nn.Linear(frame_size * self.stacking, size)
+        self.ctc_projection = (
+            nn.Linear(size, size, bias=False) if config.ctc_in_prompt and config.speech_as_memory else None
+        )
         self.previous = nn.Linear(size, size, bias=False) if config.ctc_in_prompt else None
         if self.lookahead:
             self.following = nn.Linear(size, LOOKAHEAD_SIZE, bias=False)
@@ -123,12 +155,16 @@ class SpeechProjection(nn.Module):
         Args:
             ids_BT: `best_tokens` of the logits.
         """
-        posterior = torch.softmax(ctc_logits_BTV.detach().float(), -1)
-        posterior[..., self.blank] = 0
-        expected = posterior.to(token_embeddings_VD.dtype) @ token_embeddings_VD
+        if self.ctc_projection is None:
+            posterior = torch.softmax(ctc_logits_BTV.detach().float(), -1)
+            posterior[..., self.blank] = 0
+            expected = posterior.to(token_embeddings_VD.dtype) @ token_embeddings_VD
+        else:
+            expected = nn.functional.embedding(ids_BT, token_embeddings_VD) * (ids_BT != self.blank)[..., None]
         stacked, _ = stack_frames(self.read_tokens(expected, ids_BT), lengths_B, self.stacking)
         B, T, _ = stacked.shape
-        return stacked.view(B, T, self.stacking, -1).sum(2)
+        read = stacked.view(B, T, self.stacking, -1).sum(2)
+        return read if self.ctc_projection is None else self.ctc_projection(read)
 
     def read_tokens(self, read_BTD: Tensor, ids_BT: Tensor) -> Tensor:
         """Add to what is read at each position what is read before and behind it.

@@ -7,6 +7,7 @@ import copy
 import torch
 from torch import Tensor, nn
 from transformers import (
+    LlamaConfig,
     ParakeetFeatureExtractor,
     PreTrainedConfig,
     PreTrainedModel,
@@ -15,11 +16,23 @@ from transformers import (
 )
 
 from leapasr.config import ModelPreset
-from leapasr.model.checkpoints import CheckpointError, load_decoder, load_encoder, load_encoder_config
+from leapasr.model.adapter import SharedCTCHead
+from leapasr.model.checkpoints import (
+    CheckpointError,
+    load_decoder,
+    load_encoder,
+    load_encoder_config,
+    load_whisper,
+    whisper_tokenizer,
+)
 from leapasr.model.configuration import SpeechLlamaConfig
 from leapasr.model.low_rank import add_low_rank
 from leapasr.model.processing import SpeechLlamaProcessor
 from leapasr.model.speech_llama import SpeechLlamaForConditionalGeneration
+from leapasr.model.whisper_decoder import WhisperDecoder, as_llama, llama_config
+
+MULTILINGUAL_VOCABULARY = 51865  # tokens of a Whisper that knows more languages than English, at least
+WHISPER_BEGIN, WHISPER_END = "<|notimestamps|>", "<|endoftext|>"
 
 
 def padding_token(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -50,8 +63,10 @@ def build_model(
             (`lora_rank`) for a decoder that is not pretrained.
         CheckpointError: a pretrained part cannot be used.
     """
+    if isinstance(preset.decoder, WhisperDecoder):
+        return _build_from_whisper(preset, preset.decoder, tokenizer, seed=seed)
     encoder_config, encoder_state = _encoder(preset)
-    decoder, decoder_config = _decoder(preset)
+    decoder, decoder_config = _decoder(preset.decoder)
     if preset.lora_rank and decoder is None:
         raise ValueError(
             f"lora_rank {preset.lora_rank} adapts a pretrained decoder, and this one has random weights: "
@@ -74,6 +89,44 @@ def build_model(
     return model
 
 
+def _build_from_whisper(
+    preset: ModelPreset, decoder: WhisperDecoder, tokenizer: PreTrainedTokenizerBase, *, seed: int
+) -> SpeechLlamaForConditionalGeneration:
+    """A Speech-LLaMA that writes what the Whisper `preset.encoder` writes, and whose CTC and further heads are new."""
+    if not isinstance(preset.encoder, str):
+        raise ValueError("the decoder is to be a Whisper's own, and the encoder has random weights: name a Whisper")
+    whisper, state = load_whisper(preset.encoder)
+    known = whisper_tokenizer(preset.encoder).get_vocab()
+    forced = ["<|startoftranscript|>", "<|notimestamps|>"]
+    if whisper.vocab_size >= MULTILINGUAL_VOCABULARY:
+        forced[1:1] = ["<|en|>", "<|transcribe|>"]
+    decoder_config = llama_config(whisper, decoder, vocab_size=len(tokenizer))
+    _set_special_tokens(decoder_config, tokenizer)
+    torch.manual_seed(seed)
+    config = SpeechLlamaConfig(
+        whisper, decoder_config, speech_as_memory=True, ctc_unembedding=True, logit_bias=True,
+        soft_prompt=len(forced) - 1, text_positions=whisper.max_target_positions - len(forced) + 1,
+        reserved=(decoder.mark(whisper),), **preset.fields,
+    )  # fmt: skip
+    model = SpeechLlamaForConditionalGeneration(config)
+    if model.speech_projection.ctc_projection is not None:
+        nn.init.zeros_(model.speech_projection.ctc_projection.weight)
+    encoder_state = {
+        name.removeprefix("encoder."): value for name, value in state.items() if name.startswith("encoder.")
+    }
+    _load(model.encoder.encoder, encoder_state, preset.encoder)
+    tokens = [known.get(token, -1) for token in tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))]
+    tokens[tokenizer.bos_token_id], tokens[tokenizer.eos_token_id] = known[WHISPER_BEGIN], known[WHISPER_END]
+    rewritten = as_llama(whisper, state, decoder, tokens=tokens, forced=[known[token] for token in forced])
+    _, unexpected = model.load_state_dict(rewritten, strict=False)
+    assert not unexpected, unexpected
+    assert isinstance(model.ctc_head, SharedCTCHead)
+    model.ctc_head.reset_from(model.decoder.model.norm)
+    if model.mtp_heads is not None:
+        model.mtp_heads.reset_from(model.decoder.lm_head)
+    return model
+
+
 def build_processor(preset: ModelPreset, tokenizer: PreTrainedTokenizerBase) -> SpeechLlamaProcessor:
     """Features as the preset's encoder wants them, and a copy of `tokenizer` that has a padding token.
 
@@ -91,12 +144,12 @@ def _encoder(preset: ModelPreset) -> tuple[PreTrainedConfig, dict[str, Tensor] |
     return load_encoder(preset.encoder) if isinstance(preset.encoder, str) else (preset.encoder, None)
 
 
-def _decoder(preset: ModelPreset) -> tuple[PreTrainedModel | None, PreTrainedConfig]:
+def _decoder(given: str | LlamaConfig) -> tuple[PreTrainedModel | None, PreTrainedConfig]:
     """The pretrained decoder, if there is one, and a configuration that may be changed."""
-    if isinstance(preset.decoder, str):
-        decoder = load_decoder(preset.decoder)
+    if isinstance(given, str):
+        decoder = load_decoder(given)
         return decoder, copy.deepcopy(decoder.config)
-    return None, copy.deepcopy(preset.decoder)
+    return None, copy.deepcopy(given)
 
 
 def _set_special_tokens(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -11,7 +11,16 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, WhisperConfig
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    WhisperConfig,
+    WhisperModel,
+)
 
 from leapasr.model.encoders import ENCODERS
 
@@ -153,6 +162,40 @@ def load_ctranslate2_whisper(folder: str | Path) -> tuple[WhisperConfig, dict[st
                 if not (module.endswith("k_proj") and our_field == "bias"):  # Whisper's keys have no bias
                     state[f"{module}.{our_field}"] = part.contiguous()
     return config, state
+
+
+def load_whisper(name_or_path: str | Path) -> tuple[WhisperConfig, dict[str, Tensor]]:
+    """A whole Whisper by hub name, transformers folder or CTranslate2 folder: what `load_ctranslate2_whisper` gives.
+
+    Raises:
+        CheckpointError: it is no Whisper.
+    """
+    if (Path(name_or_path) / CTRANSLATE2_FILE).is_file():
+        return load_ctranslate2_whisper(name_or_path)
+    config = AutoConfig.from_pretrained(name_or_path)
+    if not isinstance(config, WhisperConfig):
+        raise CheckpointError(f"{name_or_path} is a {config.model_type!r}, not a Whisper model")
+    return config, WhisperModel.from_pretrained(name_or_path, dtype=torch.float32).state_dict()
+
+
+def whisper_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerFast:
+    """The tokenizer of a Whisper by hub name or folder.
+
+    Raises:
+        CheckpointError: there is none, or it lacks Whisper's special tokens.
+    """
+    file = Path(name_or_path) / "tokenizer.json"
+    if Path(name_or_path).is_dir() and not file.is_file():
+        raise CheckpointError(f"{name_or_path} has no tokenizer.json: copy it from where the model came from")
+    found = (
+        PreTrainedTokenizerFast(tokenizer_file=str(file))
+        if file.is_file()
+        else PreTrainedTokenizerFast.from_pretrained(name_or_path)
+    )
+    missing = {"<|startoftranscript|>", "<|notimestamps|>", "<|endoftext|>"} - found.get_vocab().keys()
+    if missing:
+        raise CheckpointError(f"the tokenizer of {name_or_path} lacks {', '.join(sorted(missing))}: not Whisper's")
+    return found
 
 
 def load_encoder_config(name_or_path: str | Path) -> PreTrainedConfig:

@@ -34,6 +34,15 @@ class SpeechLlamaConfig(PreTrainedConfig):
         encoder_stacking: encoder frames stacked to one adapter frame (Whisper: 2, from 50 to 25 a second; 1 with
             pooling).
         decoder_stacking: adapter frames stacked to one speech embedding (2: 12.5 a second).
+        speech_as_memory: the encoder's frames are keys and values in the decoder's cache, as in cross-attention, and
+            pass through none of its layers; the adapter serves the CTC head alone, and what CTC reads reaches the
+            decoder through a matrix that begins at zero. Of the decoder, only LLaMA's own modules will do.
+        ctc_unembedding: CTC finds its tokens through the decoder's unembedding.
+        soft_prompt: learnt places right before begin-of-text.
+        text_positions: places in the text with a learnt embedding of their own, begin-of-text the first; 0: none. No
+            text can be longer.
+        logit_bias: whether the decoder's unembedding has a bias.
+        reserved: dimensions of the decoder's residual stream into which training must not write.
         ctc_in_prompt: add the CTC posterior's expected token embedding to each speech embedding.
         ctc_lookahead: with it, also those of the so many tokens that CTC reads next; K − 1 serves K heads.
         ctc_positions: with it, also count the decoder's positions in CTC's tokens: what CTC reads as token u lies at
@@ -62,6 +71,12 @@ class SpeechLlamaConfig(PreTrainedConfig):
         encoder_pooling_layer: int | None = None,
         encoder_stacking: int = 2,
         decoder_stacking: int = 2,
+        speech_as_memory: bool = False,
+        ctc_unembedding: bool = False,
+        soft_prompt: int = 0,
+        text_positions: int = 0,
+        logit_bias: bool = False,
+        reserved: tuple[int, ...] = (),
         ctc_in_prompt: bool = True,
         ctc_lookahead: int = 0,
         ctc_positions: bool = False,
@@ -100,6 +115,12 @@ class SpeechLlamaConfig(PreTrainedConfig):
         self.encoder_pooling_layer = encoder_pooling_layer
         self.encoder_stacking = encoder_stacking
         self.decoder_stacking = decoder_stacking
+        self.speech_as_memory = speech_as_memory
+        self.ctc_unembedding = ctc_unembedding
+        self.soft_prompt = soft_prompt
+        self.text_positions = text_positions
+        self.logit_bias = logit_bias
+        self.reserved = tuple(reserved)
         self.ctc_in_prompt = ctc_in_prompt
         self.ctc_lookahead = ctc_lookahead
         self.ctc_positions = ctc_positions

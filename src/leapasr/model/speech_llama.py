@@ -10,20 +10,22 @@ the tokens), D decoder width, V vocabulary, F mel bins.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from transformers.utils import cached_file
 
 from leapasr.model import storage
-from leapasr.model.adapter import Adapter, SpeechProjection
+from leapasr.model.adapter import Adapter, SharedCTCHead, SpeechProjection, stack_frames
 from leapasr.model.checkpoints import CheckpointError
 from leapasr.model.configuration import SpeechLlamaConfig
-from leapasr.model.encoders import build_encoder
+from leapasr.model.encoders import attention_bias, build_encoder, padding_mask
 from leapasr.model.mtp_heads import build_heads
 
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
@@ -111,9 +113,19 @@ class SpeechLlamaForConditionalGeneration(PreTrainedModel):
         super().__init__(config)
         self.encoder = build_encoder(config.encoder_config, pooling_layer=config.encoder_pooling_layer)
         self.adapter = Adapter(config, self.encoder.output_size)
-        self.ctc_head = nn.Linear(config.adapter_size, config.vocab_size)
-        self.speech_projection = SpeechProjection(config)
+        self.ctc_head = (
+            SharedCTCHead(config) if config.ctc_unembedding else nn.Linear(config.adapter_size, config.vocab_size)
+        )
+        frame_size = self.encoder.output_size * config.encoder_stacking
+        self.speech_projection = SpeechProjection(
+            config, frame_size if config.speech_as_memory else config.adapter_size
+        )
         self.decoder = AutoModelForCausalLM.from_config(config.decoder_config)
+        size = config.decoder_config.hidden_size
+        if config.logit_bias:
+            self.decoder.lm_head.bias = nn.Parameter(torch.zeros(config.vocab_size))
+        self.text_positions = nn.Embedding(config.text_positions, size) if config.text_positions else None
+        self.soft_prompt = nn.Embedding(config.soft_prompt, size) if config.soft_prompt else None
         self.mtp_heads = build_heads(config)
         self.post_init()
         if self.mtp_heads is not None:
@@ -179,6 +191,21 @@ class SpeechLlamaForConditionalGeneration(PreTrainedModel):
         """CTC frames a second."""
         return self.encoder.frame_rate / self.config.encoder_stacking
 
+    def keep_reserved(self) -> None:
+        """Let no gradient reach what writes into the reserved dimensions of the decoder's residual stream."""
+        if not self.config.reserved:
+            return
+        index = torch.tensor(self.config.reserved, device=self.device)
+        columns = [self.get_input_embeddings(), self.text_positions, self.soft_prompt]
+        rows = [self.speech_projection.projection, self.speech_projection.ctc_projection]
+        for layer in self.decoder.model.layers:
+            rows += [layer.self_attn.o_proj, layer.mlp.down_proj]
+        for dimension, modules in ((1, columns), (0, rows)):
+            for parameter in (
+                parameter for module in modules if module is not None for parameter in module.parameters()
+            ):
+                parameter.register_hook(partial(torch.Tensor.index_fill, dim=dimension, index=index, value=0))
+
     def encode(self, input_features: Tensor, feature_lengths: Tensor) -> SpeechEncoding:
         """Encode log-mel features (B, T, F) with valid lengths (B,); rows do not see each other's padding."""
         frames, lengths_B = self.encoder(input_features, feature_lengths)
@@ -187,19 +214,59 @@ class SpeechLlamaForConditionalGeneration(PreTrainedModel):
     def encode_frames(self, frames_BTD: Tensor, lengths_B: Tensor) -> SpeechEncoding:
         """The part behind the encoder: encoder frames (B, T, D) and lengths (B,) to a `SpeechEncoding`."""
         frames, ctc_lengths_B = self.adapter(frames_BTD, lengths_B)
-        ctc_logits = self.ctc_head(frames)
+        if self.config.ctc_unembedding:
+            ctc_logits = self.ctc_head(frames, self.decoder.lm_head.weight)
+        else:
+            ctc_logits = self.ctc_head(frames)
+        if self.config.speech_as_memory:
+            frames, _ = stack_frames(frames_BTD, lengths_B, self.config.encoder_stacking)
         embeddings, lengths_B, positions_BL = self.speech_projection(
             frames, ctc_lengths_B, ctc_logits, self.get_input_embeddings().weight
         )
         return SpeechEncoding(ctc_logits, ctc_lengths_B, embeddings, lengths_B, positions_BL)
 
-    def prompt(self, encoding: SpeechEncoding) -> tuple[Tensor, Tensor, Tensor]:
-        """Prompt embeddings (B, L + 1, D), begin-of-text included, right-padded, lengths (B,), positions (B, L + 1)."""
-        B = len(encoding.lengths_B)
-        begin = torch.full((B, 1), self.config.bos_token_id, device=encoding.lengths_B.device)
-        prompt, _ = join_rows(encoding.embeddings_BLD, encoding.lengths_B, self.get_input_embeddings()(begin))
+    def embed_text(self, tokens_BW: Tensor, places_BW: Tensor) -> Tensor:
+        """Embeddings (B, W, D) of token ids (B, W) at these places of their texts; begin-of-text lies at place 0."""
+        embeddings = self.get_input_embeddings()(tokens_BW)
+        if self.text_positions is None:
+            return embeddings
+        return embeddings + self.text_positions(places_BW.clamp(max=self.config.text_positions - 1))
+
+    def begin_text(self, tokens_BM: Tensor) -> Tensor:
+        """Embeddings of the soft prompt, begin-of-text and the tokens (B, M) of a text: (B, num_soft + 1 + M, D)."""
+        begin_B1 = tokens_BM.new_full((len(tokens_BM), 1), self.config.bos_token_id)
+        text_BU = torch.cat([begin_B1, tokens_BM], 1)
+        text_BUD = self.embed_text(text_BU, torch.arange(text_BU.shape[1], device=text_BU.device).expand_as(text_BU))
+        if self.soft_prompt is None:
+            return text_BUD
+        return torch.cat([self.soft_prompt.weight.expand(len(text_BUD), -1, -1), text_BUD], 1)
+
+    def prompt(self, encoding: SpeechEncoding) -> tuple[Tensor | None, ...]:
+        """The fields of `decoding.Prompts`, begin-of-text included.
+
+        Embeddings (B, L, D), right-padded, lengths (B,), and positions (B, L); where speech is the decoder's memory,
+        None for positions, and the memory (B, M, D) and its lengths (B,) behind that.
+        """
+        begin_BND = self.begin_text(encoding.lengths_B.new_empty(len(encoding.lengths_B), 0))
+        if self.config.speech_as_memory:
+            num_begin = torch.full_like(encoding.lengths_B, begin_BND.shape[1])
+            return begin_BND, num_begin, None, encoding.embeddings_BLD, encoding.lengths_B
+        prompt, _ = join_rows(encoding.embeddings_BLD, encoding.lengths_B, begin_BND)
         positions = join_positions(encoding.positions_BL, encoding.lengths_B, prompt.shape[1])
-        return prompt, encoding.lengths_B + 1, positions
+        return prompt, encoding.lengths_B + begin_BND.shape[1], positions
+
+    def memory(self, embeddings_BLD: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """What each decoder layer keeps of speech embeddings (B, L, D): keys and values (B, heads, L, width of a head).
+
+        They have no rotary position: a decoder with a memory has learnt ones.
+        """
+        for layer in self.decoder.model.layers:
+            normed = layer.input_layernorm(embeddings_BLD)
+            keys, values = (
+                projection(normed).unflatten(-1, (-1, layer.self_attn.head_dim)).transpose(1, 2)
+                for projection in (layer.self_attn.k_proj, layer.self_attn.v_proj)
+            )
+            yield keys, values
 
     def read_text(
         self,
@@ -221,8 +288,22 @@ class SpeechLlamaForConditionalGeneration(PreTrainedModel):
         Returns:
             `num_heads` tensors (B, U, V); at position u (0 is begin-of-text) head k predicts token u + k.
         """
-        begin = text_BM.new_full((len(text_BM), 1), self.config.bos_token_id)
-        text_BUD = self.get_input_embeddings()(torch.cat([begin, text_BM], 1))
+        text_BUD = self.begin_text(text_BM)
+        if self.config.speech_as_memory:
+            hidden_BUD = self._read_beside_memory(embeddings_BLD, lengths_B, text_BUD)
+        else:
+            hidden_BUD = self._read_behind_prompt(embeddings_BLD, lengths_B, positions_BL, text_BUD)
+        hidden_BUD = hidden_BUD[:, self.config.soft_prompt :]
+        logits = [self.decoder.lm_head(hidden_BUD)]
+        if self.mtp_heads is not None and num_heads != 1:
+            next_BUD = nn.functional.pad(self.get_input_embeddings()(text_BM), (0, 0, 0, 1))
+            logits += self.mtp_heads.training_logits(hidden_BUD, next_BUD, self.decoder.lm_head)
+        return logits
+
+    def _read_behind_prompt(
+        self, embeddings_BLD: Tensor, lengths_B: Tensor, positions_BL: Tensor, text_BUD: Tensor
+    ) -> Tensor:
+        """Last hidden states (B, U, D) of text (B, U, D) whose prompt goes through the decoder's layers."""
         size = embeddings_BLD.shape[1] + text_BUD.shape[1]  # not the longest row: shapes of few sizes are faster
         joined, _ = join_rows(embeddings_BLD, lengths_B, text_BUD.to(embeddings_BLD.dtype), size=size)
         hidden = self.decoder.model(
@@ -232,14 +313,24 @@ class SpeechLlamaForConditionalGeneration(PreTrainedModel):
             attention_mask=causal_mask(size, joined.dtype, joined.device).expand(len(joined), 1, size, size),
             use_cache=False,
         ).last_hidden_state
-        U = text_BUD.shape[1]
-        index_BU = lengths_B[:, None] + torch.arange(U, device=lengths_B.device)[None]
-        hidden_BUD = hidden.gather(1, index_BU[..., None].expand(-1, -1, hidden.shape[-1]))
-        logits = [self.decoder.lm_head(hidden_BUD)]
-        if self.mtp_heads is not None and num_heads != 1:
-            next_BUD = nn.functional.pad(text_BUD[:, 1:], (0, 0, 0, 1))
-            logits += self.mtp_heads.training_logits(hidden_BUD, next_BUD, self.decoder.lm_head)
-        return logits
+        index_BU = lengths_B[:, None] + torch.arange(text_BUD.shape[1], device=lengths_B.device)[None]
+        return hidden.gather(1, index_BU[..., None].expand(-1, -1, hidden.shape[-1]))
+
+    def _read_beside_memory(self, embeddings_BLD: Tensor, lengths_B: Tensor, text_BUD: Tensor) -> Tensor:
+        """Last hidden states (B, U, D) of text (B, U, D) whose speech is the decoder's memory."""
+        U, L = text_BUD.shape[1], embeddings_BLD.shape[1]
+        cache = DynamicCache()
+        for layer, (keys, values) in enumerate(self.memory(embeddings_BLD)):
+            cache.update(keys, values, layer)
+        bias_B11L = attention_bias(padding_mask(lengths_B, L), text_BUD.dtype)
+        causal_11UU = causal_mask(U, text_BUD.dtype, text_BUD.device)
+        return self.decoder.model(
+            inputs_embeds=text_BUD,
+            position_ids=torch.arange(U, device=text_BUD.device).expand(len(text_BUD), U),
+            attention_mask=torch.cat([bias_B11L.expand(-1, 1, U, L), causal_11UU.expand(len(text_BUD), 1, U, U)], -1),
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state
 
     def forward(self, input_features: Tensor, feature_lengths: Tensor, text_ids: Tensor) -> SpeechLlamaOutput:
         """Teacher-forced training pass; the losses are in `leapasr.training.losses`.

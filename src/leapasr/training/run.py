@@ -21,12 +21,14 @@ from leapasr.data.batches import Source
 from leapasr.data.manifests import read_manifest, spread, use_of
 from leapasr.data.synthesis import passages, read_paragraphs
 from leapasr.model.building import build_model, build_processor
+from leapasr.model.checkpoints import whisper_tokenizer
 from leapasr.model.processing import SpeechLlamaProcessor
 from leapasr.model.retrofitting import set_heads
 from leapasr.model.speech_llama import SpeechLlamaForConditionalGeneration
 from leapasr.model.storage import replace_files
+from leapasr.model.whisper_decoder import WhisperDecoder
 from leapasr.text import tidy
-from leapasr.training.tokenizer import train_tokenizer
+from leapasr.training.tokenizer import NUM_SPECIAL, frequent_tokens, train_tokenizer
 from leapasr.training.trainer import Trainer
 
 TOKENIZER_TEXTS = 100_000
@@ -160,7 +162,7 @@ def load_initial(folder: Path) -> tuple[SpeechLlamaForConditionalGeneration, Spe
 
 
 def load_tokenizer(preset: ModelPreset, texts: Sequence[str], folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a pretrained decoder; else the one in `folder`, where it is trained on `texts` if it is not.
+    """The tokenizer of a pretrained decoder; else the one in `folder`, made from `texts` if it is not there yet.
 
     Raises:
         ValueError: there is no text to train it on, or too little for `preset.vocab_size` tokens, or the one in
@@ -177,8 +179,13 @@ def load_tokenizer(preset: ModelPreset, texts: Sequence[str], folder: Path) -> P
             )
         return tokenizer
     if not texts:
-        raise ValueError("a tokenizer must be trained first, and there is no text: give --text FILE")
-    tokenizer = train_tokenizer(texts[:TOKENIZER_TEXTS], vocab_size=preset.vocab_size)
+        raise ValueError("a tokenizer must be made from text first, and there is none: give --text FILE")
+    if isinstance(preset.decoder, WhisperDecoder) and isinstance(preset.encoder, str):
+        tokenizer = frequent_tokens(
+            whisper_tokenizer(preset.encoder), texts[:TOKENIZER_TEXTS], preset.vocab_size - NUM_SPECIAL
+        )
+    else:
+        tokenizer = train_tokenizer(texts[:TOKENIZER_TEXTS], vocab_size=preset.vocab_size)
     if len(tokenizer) != preset.vocab_size:
         raise ValueError(
             f"the text gives a vocabulary of {len(tokenizer)} tokens only, and {preset.vocab_size} are wanted: "

@@ -165,7 +165,10 @@ def train_mode(model: torch.nn.Module) -> None:
 
 def compile_layers(model: SpeechLlamaForConditionalGeneration) -> None:
     """Compile every transformer layer in place, for any shape: fuses the elementwise work that dominates a CPU step."""
-    for layer in (*model.encoder.encoder.layers, *model.adapter.layers, *model.decoder.model.layers):
+    layers = [*model.encoder.encoder.layers, *model.adapter.layers]
+    if not model.config.speech_as_memory:  # beside a memory the decoder reads text alone, and takes little time
+        layers += model.decoder.model.layers
+    for layer in layers:
         layer.compile(dynamic=True)
 
 
@@ -204,7 +207,8 @@ class Trainer:
         self.texts = texts[: len(texts) - num_dev_texts]
         self.dev_texts = texts[len(texts) - num_dev_texts :] or texts
         self.accelerator = Accelerator()
-        self.model = model.to(self.accelerator.device)
+        self.model = model.to(self.accelerator.device).requires_grad_(True)
+        self.model.keep_reserved()
         if config.compile:
             compile_layers(self.model)
         self.checkpoint = config.output / "checkpoint.pt"
