@@ -33,7 +33,8 @@ def greedy_ctc(logits_BTV: Tensor, lengths_B: Tensor, *, blank: int) -> list[lis
 
 def read_ctc(logits_BTV: Tensor, lengths_B: Tensor, *, blank: int) -> list[Reading]:
     """What `greedy_ctc` reads, with the probability of each token where it is surest; arguments as there."""
-    probabilities_BT, best_BT = logits_BTV.float().softmax(-1).max(-1)
+    best_BT, scores_BTV = logits_BTV.argmax(-1), logits_BTV.float()
+    probabilities_BT = (scores_BTV.gather(-1, best_BT[..., None])[..., 0] - scores_BTV.logsumexp(-1)).exp()
     begins_BT = begins(best_BT, blank)
     runs_BT = begins_BT.cumsum(1) - 1
     readings = []

@@ -105,7 +105,7 @@ def best_tokens(logits: Tensor) -> tuple[Tensor, Tensor]:
     """The likeliest ids (...) of logits (..., V), and their natural-log probabilities (...) in at least float32."""
     tokens = logits.argmax(-1)  # before any cast, for ties to fall as in transformers' greedy search
     scores = as_scores(logits)
-    return tokens, scores.amax(-1) - scores.logsumexp(-1)
+    return tokens, scores.gather(-1, tokens[..., None])[..., 0] - scores.logsumexp(-1)
 
 
 def _with_drafted(
