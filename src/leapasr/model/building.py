@@ -104,7 +104,8 @@ def _build_from_whisper(
     _set_special_tokens(decoder_config, tokenizer)
     torch.manual_seed(seed)
     config = SpeechLlamaConfig(
-        whisper, decoder_config, speech_as_memory=True, ctc_unembedding=True, logit_bias=True,
+        whisper, decoder_config, speech_as_memory=True, attention_only=tuple(range(0, 2 * whisper.decoder_layers, 2)),
+        ctc_unembedding=True, logit_bias=True,
         soft_prompt=len(forced) - 1, text_positions=whisper.max_target_positions - len(forced) + 1,
         reserved=(decoder.mark(whisper),), **preset.fields,
     )  # fmt: skip

@@ -37,6 +37,7 @@ class SpeechLlamaConfig(PreTrainedConfig):
         speech_as_memory: the encoder's frames are keys and values in the decoder's cache, as in cross-attention, and
             pass through none of its layers; the adapter serves the CTC head alone, and what CTC reads reaches the
             decoder through a matrix that begins at zero. Of the decoder, only LLaMA's own modules will do.
+        attention_only: decoder layers without a feed-forward part.
         ctc_unembedding: CTC finds its tokens through the decoder's unembedding.
         soft_prompt: learnt places right before begin-of-text.
         text_positions: places in the text with a learnt embedding of their own, begin-of-text the first; 0: none. No
@@ -72,6 +73,7 @@ class SpeechLlamaConfig(PreTrainedConfig):
         encoder_stacking: int = 2,
         decoder_stacking: int = 2,
         speech_as_memory: bool = False,
+        attention_only: tuple[int, ...] = (),
         ctc_unembedding: bool = False,
         soft_prompt: int = 0,
         text_positions: int = 0,
@@ -116,6 +118,7 @@ class SpeechLlamaConfig(PreTrainedConfig):
         self.encoder_stacking = encoder_stacking
         self.decoder_stacking = decoder_stacking
         self.speech_as_memory = speech_as_memory
+        self.attention_only = tuple(attention_only)
         self.ctc_unembedding = ctc_unembedding
         self.soft_prompt = soft_prompt
         self.text_positions = text_positions

@@ -96,6 +96,13 @@ def causal_mask(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.full((size, size), torch.finfo(dtype).min, dtype=dtype, device=device).triu(1)[None, None]
 
 
+class NoFeedForward(nn.Module):
+    """In the place of a feed-forward part that a layer does not have."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.new_zeros(())
+
+
 class SpeechLlamaForConditionalGeneration(PreTrainedModel):
     """A Speech-LLaMA whose decoder predicts K tokens per call.
 
@@ -121,6 +128,9 @@ class SpeechLlamaForConditionalGeneration(PreTrainedModel):
             config, frame_size if config.speech_as_memory else config.adapter_size
         )
         self.decoder = AutoModelForCausalLM.from_config(config.decoder_config)
+        for index in config.attention_only:
+            layer = self.decoder.model.layers[index]
+            layer.post_attention_layernorm, layer.mlp = nn.Identity(), NoFeedForward()
         size = config.decoder_config.hidden_size
         if config.logit_bias:
             self.decoder.lm_head.bias = nn.Parameter(torch.zeros(config.vocab_size))
@@ -199,7 +209,7 @@ class SpeechLlamaForConditionalGeneration(PreTrainedModel):
         columns = [self.get_input_embeddings(), self.text_positions, self.soft_prompt]
         rows = [self.speech_projection.projection, self.speech_projection.ctc_projection]
         for layer in self.decoder.model.layers:
-            rows += [layer.self_attn.o_proj, layer.mlp.down_proj]
+            rows += [layer.self_attn.o_proj, getattr(layer.mlp, "down_proj", None)]
         for dimension, modules in ((1, columns), (0, rows)):
             for parameter in (
                 parameter for module in modules if module is not None for parameter in module.parameters()

@@ -1,10 +1,11 @@
 """Whisper's decoder rewritten as a LLaMA: the same function, in the weights of another architecture.
 
 Whisper's decoder looks at its own text and, through cross-attention, at the encoder's frames; a LLaMA has one kind of
-attention. So each layer of Whisper becomes two of the LLaMA: one whose text sees text alone, and one whose text sees
-the frames alone and whose feed-forward part is Whisper's. The frames are keys and values in the LLaMA's cache
-(`SpeechLlamaConfig.speech_as_memory`). What is written comes out the same up to rounding (tested against transformers),
-and everything that is there for a LLaMA (heads, drafts, verification, training) is there for it.
+attention. So each layer of Whisper becomes two of the LLaMA: one whose text sees text alone, and which is nothing but
+attention, and one whose text sees the frames alone and whose feed-forward part is Whisper's. The frames are keys and
+values in the LLaMA's cache (`SpeechLlamaConfig.speech_as_memory`). What is written comes out the same up to rounding
+(tested against transformers), and everything that is there for a LLaMA (heads, drafts, verification, training) is there
+for it.
 
 How the two differ, and where the difference goes:
 
@@ -19,8 +20,7 @@ How the two differ, and where the difference goes:
 * Rotary positions are scaled down to nothing; text has learnt positions (`SpeechLlamaConfig.text_positions`).
 * The feed-forward part has a gate: Whisper's first matrix is the gate's (with GELU), the other one gives ones.
 
-The dimensions that are left, the other matrices of the gates, and the feed-forward parts of every other layer begin as
-zeros (or ones), and are room for training.
+The dimensions that are left and the other matrices of the gates begin as zeros, and are room for training.
 
 Shapes: D Whisper's width, R width of the residual stream, F width of the feed-forward part, V vocabulary.
 """
@@ -170,18 +170,11 @@ class _Rewriting:
         return {name: value.float().contiguous() for name, value in found.items()}
 
     def text_layer(self, theirs: str) -> dict[str, Tensor]:
-        """Self-attention, and a feed-forward part that gives nothing yet."""
+        """Self-attention alone."""
         gain, offset = self.of(f"{theirs}.self_attn_layer_norm")
         query = self.query(f"{theirs}.self_attn", gain, offset)
         key, value = (self.reading(self.of(f"{theirs}.self_attn.{part}_proj")[0] * gain) for part in "kv")
-        F = self.whisper.decoder_ffn_dim
-        generator = torch.Generator().manual_seed(0)
-        gate, up = (0.02 * torch.randn(F, self.R, generator=generator, dtype=torch.float64) for _ in range(2))
-        return {
-            **query,
-            **self.keys_and_values(f"{theirs}.self_attn", key, value, offset, frames=-1),
-            **self.feed_forward(gate, torch.zeros(F), up, torch.zeros(F), torch.zeros(self.R, F), torch.zeros(self.R)),
-        }
+        return query | self.keys_and_values(f"{theirs}.self_attn", key, value, offset, frames=-1)
 
     def frame_layer(self, theirs: str) -> dict[str, Tensor]:
         """Cross-attention, and Whisper's feed-forward part."""
@@ -196,11 +189,14 @@ class _Rewriting:
         return {
             **query,
             **self.keys_and_values(f"{theirs}.encoder_attn", key, value, offset, frames=1),
-            **self.feed_forward(
-                self.reading(first * gain), first_bias + first @ before, torch.zeros(F, self.R), torch.ones(F),
-                self.writing(second), self.writing(second_bias),
-            ),
-        }  # fmt: skip
+            "post_attention_layernorm.weight": self.norm_weight(),
+            "mlp.gate_proj.weight": self.reading(first * gain),
+            "mlp.gate_proj.bias": first_bias + first @ before,
+            "mlp.up_proj.weight": torch.zeros(F, self.R),
+            "mlp.up_proj.bias": torch.ones(F),
+            "mlp.down_proj.weight": self.writing(second),
+            "mlp.down_proj.bias": self.writing(second_bias),
+        }
 
     def query(self, theirs: str, gain: Tensor, offset: Tensor) -> dict[str, Tensor]:
         """Queries of an attention, behind a LayerNorm of this gain and offset; every one asks for its kind of place."""
@@ -237,19 +233,6 @@ class _Rewriting:
             "self_attn.v_proj.bias": self.heads((bias + weight @ offset)[:, None]).flatten(),
             "self_attn.o_proj.weight": wide_output,
             "self_attn.o_proj.bias": self.writing(output_bias),
-        }
-
-    def feed_forward(
-        self, gate: Tensor, gate_bias: Tensor, up: Tensor, up_bias: Tensor, down: Tensor, down_bias: Tensor
-    ) -> dict[str, Tensor]:
-        return {
-            "post_attention_layernorm.weight": self.norm_weight(),
-            "mlp.gate_proj.weight": gate,
-            "mlp.gate_proj.bias": gate_bias,
-            "mlp.up_proj.weight": up,
-            "mlp.up_proj.bias": up_bias,
-            "mlp.down_proj.weight": down,
-            "mlp.down_proj.bias": down_bias,
         }
 
     @property
