@@ -161,7 +161,7 @@ def tiny(encoder: str | None = None) -> tuple[ModelPreset, tuple[Stage, ...]]:
         vocab_size=16384,
         fields={
             "encoder_pooling_layer": 4, "encoder_stacking": 1, "decoder_stacking": 1, "adapter_size": 384,
-            "adapter_layers": 2, "adapter_attention_heads": 6, "adapter_ffn_size": 1024, "ctc_lookahead": 7,
+            "adapter_layers": 4, "adapter_attention_heads": 6, "adapter_ffn_size": 1024, "ctc_lookahead": 7,
             "num_heads": 8, "head_type": "latent",
         },
     )  # fmt: skip
