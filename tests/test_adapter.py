@@ -3,7 +3,14 @@ import torch
 from conftest import BOS, PAD, VOCAB_SIZE, tiny_config
 
 from leapasr.decoding.ctc import greedy_ctc
-from leapasr.model.adapter import LOOKAHEAD_SIZE, Adapter, SpeechProjection, neighbouring_readings, stack_frames
+from leapasr.model.adapter import (
+    LOOKAHEAD_SIZE,
+    Adapter,
+    SharedCTCHead,
+    SpeechProjection,
+    neighbouring_readings,
+    stack_frames,
+)
 
 
 def readings_around(ids, offsets, blank):
@@ -169,3 +176,30 @@ def test_positions_count_the_tokens_that_ctc_has_begun(stacking):
     config.ctc_positions = False
     _, _, plain = projection(config)(*inputs)
     assert plain.tolist() == [list(range(-(-13 // stacking)))] * 3
+
+
+def test_a_shared_ctc_head_reads_tokens_through_the_unembedding_and_the_blank_by_itself():
+    config = tiny_config()
+    torch.manual_seed(0)
+    head = SharedCTCHead(config).double()
+    unembedding_VD = torch.randn(config.vocab_size, config.decoder_config.hidden_size, dtype=torch.float64)
+    frames = torch.randn(2, 5, config.adapter_size, dtype=torch.float64, requires_grad=True)
+    logits = head(frames, unembedding_VD)
+    expected = head.projection(frames) @ unembedding_VD.T
+    blank = config.blank_token_id
+    tokens = [token for token in range(config.vocab_size) if token != blank]
+    torch.testing.assert_close(logits[..., tokens], expected[..., tokens])
+    torch.testing.assert_close(logits[..., blank], head.blank(frames)[..., 0])
+    (gradient,) = torch.autograd.grad(logits[..., blank].sum(), frames)
+    torch.testing.assert_close(gradient, head.blank.weight.expand_as(frames))
+
+
+def test_a_shared_ctc_head_begins_with_what_the_decoders_norm_gives():
+    config = tiny_config()
+    head = SharedCTCHead(config)
+    norm = torch.nn.RMSNorm(config.decoder_config.hidden_size)
+    norm.weight.data.uniform_(0.5, 2)
+    head.reset_from(norm)
+    frames = torch.randn(3, config.adapter_size)
+    projected = head.projection(frames) - head.projection.bias
+    torch.testing.assert_close(projected[:, : config.adapter_size], frames * norm.weight[: config.adapter_size])

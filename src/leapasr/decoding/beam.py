@@ -386,8 +386,9 @@ class BeamLoop(DecodingLoop):
 
     def _likeliest(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """The N likeliest ids (..., N) of logits (..., V), and their natural-log probabilities (..., N)."""
-        log_probs, tokens = as_scores(logits).log_softmax(-1).topk(min(self.size, logits.shape[-1]))
-        return tokens, log_probs
+        scores = as_scores(logits)
+        best, tokens = scores.topk(min(self.size, logits.shape[-1]))
+        return tokens, best - scores.logsumexp(-1, keepdim=True)
 
     def _trust(self, nodes: Sequence[_Node]) -> None:
         """Let heads 2..K say what follows behind the likeliest tokens of `nodes`, as far as they are sure."""
