@@ -93,7 +93,7 @@ class SpeechProjection(nn.Module):
     loss alone.
 
     Where speech is the decoder's memory the embedding is that of CTC's best token, which is cheaper where there are
-    many tokens.
+    many tokens, and of the size of encoder frames, in which it would drown.
 
     With `ctc_positions` the prompt's positions count CTC's tokens, from the position of begin-of-text on: text and
     prompt then share one axis, and as far as CTC has the right number of tokens the decoder finds what it is to
@@ -160,7 +160,8 @@ class SpeechProjection(nn.Module):
             posterior[..., self.blank] = 0
             expected = posterior.to(token_embeddings_VD.dtype) @ token_embeddings_VD
         else:
-            expected = nn.functional.embedding(ids_BT, token_embeddings_VD) * (ids_BT != self.blank)[..., None]
+            expected = nn.functional.embedding(ids_BT, token_embeddings_VD)  # small, beside encoder frames
+            expected = nn.functional.rms_norm(expected, expected.shape[-1:]) * (ids_BT != self.blank)[..., None]
         stacked, _ = stack_frames(self.read_tokens(expected, ids_BT), lengths_B, self.stacking)
         B, T, _ = stacked.shape
         read = stacked.view(B, T, self.stacking, -1).sum(2)
