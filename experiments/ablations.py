@@ -1,7 +1,7 @@
 """What each ingredient brings: one training run without it, at a small budget, against one with all of them.
 
     python experiments/ablations.py --whisper tiny.en --other-whisper base --manifest librispeech.jsonl … \\
-        --synthetic synthetic.jsonl --dev dev.jsonl
+        --synthetic synthetic.jsonl --text prose.txt --dev dev.jsonl
 
 Every run takes the same number of updates of the same size from the same seed: the recipe that ships, shortened.
 Writes docs/ablations.md and .json; a run whose figures are in the work folder is not repeated.
@@ -67,7 +67,8 @@ def variants(arguments: argparse.Namespace) -> list[Variant]:
     silent = changed(ctc_in_prompt=False, ctc_lookahead=0)
     found = [
         everything,
-        replace(everything, name="encoder from random weights", random=("encoder.",)),
+        replace(everything, name="encoder from random weights", random=("encoder.",),
+                stages=(replace(ctc, frozen_encoder_layers=0), *joint)),
         replace(everything, name="encoder frozen", stages=joint_with(frozen_encoder_layers=None)),
         replace(everything, name="decoder from random weights", random=("decoder.", "text_positions.", "soft_prompt.")),
         replace(everything, name="CTC from random weights", random=("ctc_head.",)),
@@ -96,7 +97,7 @@ def run(variant: Variant, arguments: argparse.Namespace, dev: Sequence) -> dict[
         return json.loads(done.read_text())
     start = time.perf_counter()
     trainer = prepare(
-        variant.model, variant.stages, manifests=variant.manifests, dev=(), text=(), output=folder,
+        variant.model, variant.stages, manifests=variant.manifests, dev=(), text=arguments.text, output=folder,
         seed=arguments.seed, report=lambda message: None,
     )  # fmt: skip
     if variant.random:
@@ -159,6 +160,9 @@ def main() -> None:
     parser.add_argument("--manifest", type=Path, action="append", required=True, help="training manifest")
     parser.add_argument("--synthetic", type=Path, required=True, help="training manifest of synthetic speech")
     parser.add_argument("--synthetic-weight", type=float, default=0.15)
+    parser.add_argument(
+        "--text", type=Path, action="append", required=True, help="prose, which tells what tokens to keep"
+    )
     parser.add_argument("--dev", type=Path, required=True, help="dev manifest")
     parser.add_argument("--dev-utterances", type=int, default=100)
     parser.add_argument("--ctc-updates", type=int, default=300)

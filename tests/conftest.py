@@ -89,8 +89,7 @@ def generated(model: SpeechLlamaForConditionalGeneration, prompts: Prompts, row:
     if prompt.memory_BMD is None:
         return model.decoder.generate(position_ids=prompt.positions_BL, **inputs)[0].tolist()
     memory = DynamicCache()
-    for layer, (keys, values) in enumerate(model.memory(prompt.memory_BMD)):
-        memory.update(keys, values, layer)
+    model.remember(prompt.memory_BMD, memory)
     # it leaves out as many places as there are in the cache
     inputs["inputs_embeds"] = torch.cat([prompt.memory_BMD, prompt.embeddings_BLD], 1)
     num_slots = inputs["inputs_embeds"].shape[1]

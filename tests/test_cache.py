@@ -60,7 +60,7 @@ def test_two_calls_equal_a_full_forward_at_every_split(decoder, rows, split):
     assert_rows_close(cached, [full(decoder, x) for x in rows])
 
 
-def test_one_at_a_time_equals_a_full(decoder, rows):
+def test_one_at_a_time_equals_a_full_forward(decoder, rows):
     cache = RaggedCache(1)
     cached = [feed(decoder, cache, [rows[0][at : at + 1]])[0] for at in range(LENGTHS[0])]
     assert_rows_close([torch.cat(cached)], [full(decoder, rows[0])])

@@ -106,10 +106,6 @@ def features(num_rows, seed=0):
     return torch.randn(num_rows, 48, 8, generator=generator, dtype=torch.float64), torch.full((num_rows,), 48)
 
 
-def in_whispers_tokens(tokens, model, ids):
-    return [ids[SPECIAL[0]] if token == model.config.eos_token_id else token for token in tokens]
-
-
 @torch.no_grad()
 def test_it_writes_what_whisper_writes(whisper, built, theirs_of):
     theirs, _, _ = whisper

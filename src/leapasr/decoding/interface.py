@@ -164,7 +164,7 @@ class SpeechLlamaDecoder(CausalLMDecoder):
 
     def __init__(self, model: SpeechLlamaForConditionalGeneration):
         super().__init__(model.decoder, model.mtp_heads)
-        self._embed_text, self._memory = model.embed_text, model.memory
+        self._embed_text, self._remember = model.embed_text, model.remember
         if model.config.text_positions:
             self.max_text = model.config.text_positions - 1
 
@@ -175,7 +175,6 @@ class SpeechLlamaDecoder(CausalLMDecoder):
         cache = super().new_cache(prompts)
         if prompts.memory_BMD is not None and prompts.memory_lengths_B is not None:
             cache.plan(prompts.memory_BMD.shape[1], self.dtype)
-            for layer, (keys, values) in enumerate(self._memory(prompts.memory_BMD)):
-                cache.update(keys, values, layer)
+            self._remember(prompts.memory_BMD, cache)
             cache.commit(prompts.memory_lengths_B.tolist())
         return cache

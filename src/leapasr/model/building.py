@@ -97,7 +97,7 @@ def _build_from_whisper(
         raise ValueError("the decoder is to be a Whisper's own, and the encoder has random weights: name a Whisper")
     whisper, state = load_whisper(preset.encoder)
     known = whisper_tokenizer(preset.encoder).get_vocab()
-    forced = ["<|startoftranscript|>", "<|notimestamps|>"]
+    forced = ["<|startoftranscript|>", WHISPER_BEGIN]
     if whisper.vocab_size >= MULTILINGUAL_VOCABULARY:
         forced[1:1] = ["<|en|>", "<|transcribe|>"]
     decoder_config = llama_config(whisper, decoder, vocab_size=len(tokenizer))

@@ -10,7 +10,6 @@ the tokens), D decoder width, V vocabulary, F mel bins.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from transformers import AutoModelForCausalLM, Cache, DynamicCache, PreTrainedModel
 from transformers.utils import cached_file
 
 from leapasr.model import storage
@@ -265,18 +264,18 @@ class SpeechLlamaForConditionalGeneration(PreTrainedModel):
         positions = join_positions(encoding.positions_BL, encoding.lengths_B, prompt.shape[1])
         return prompt, encoding.lengths_B + begin_BND.shape[1], positions
 
-    def memory(self, embeddings_BLD: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """What each decoder layer keeps of speech embeddings (B, L, D): keys and values (B, heads, L, width of a head).
+    def remember(self, embeddings_BLD: Tensor, cache: Cache) -> None:
+        """Put the keys and values of speech embeddings (B, L, D) into every layer of the decoder's `cache`.
 
         They have no rotary position: a decoder with a memory has learnt ones.
         """
-        for layer in self.decoder.model.layers:
+        for index, layer in enumerate(self.decoder.model.layers):
             normed = layer.input_layernorm(embeddings_BLD)
             keys, values = (
                 projection(normed).unflatten(-1, (-1, layer.self_attn.head_dim)).transpose(1, 2)
                 for projection in (layer.self_attn.k_proj, layer.self_attn.v_proj)
             )
-            yield keys, values
+            cache.update(keys, values, index)
 
     def read_text(
         self,
@@ -330,8 +329,7 @@ class SpeechLlamaForConditionalGeneration(PreTrainedModel):
         """Last hidden states (B, U, D) of text (B, U, D) whose speech is the decoder's memory."""
         U, L = text_BUD.shape[1], embeddings_BLD.shape[1]
         cache = DynamicCache()
-        for layer, (keys, values) in enumerate(self.memory(embeddings_BLD)):
-            cache.update(keys, values, layer)
+        self.remember(embeddings_BLD, cache)
         bias_B11L = attention_bias(padding_mask(lengths_B, L), text_BUD.dtype)
         causal_11UU = causal_mask(U, text_BUD.dtype, text_BUD.device)
         return self.decoder.model(
