@@ -45,6 +45,7 @@ def tiny_config(
     vocab_size: int = VOCAB_SIZE,
     ctc_lookahead: int = 3,
     ctc_positions: bool = False,
+    draft_layers: int = 0,
 ) -> SpeechLlamaConfig:
     """A configuration of some ten thousand parameters: 16 wide encoder, two LLaMA layers of 32, four heads."""
     encoder = WhisperConfig(
@@ -78,6 +79,7 @@ def tiny_config(
         ctc_lookahead=ctc_lookahead,
         ctc_positions=ctc_positions,
         head_type=head_type,
+        draft_layers=draft_layers,
     )
 
 
@@ -91,7 +93,8 @@ def generated(model: SpeechLlamaForConditionalGeneration, prompts: Prompts, row:
     memory = DynamicCache()
     model.remember(prompt.memory_BMD, memory)
     # it leaves out as many places as there are in the cache
-    inputs["inputs_embeds"] = torch.cat([prompt.memory_BMD, prompt.embeddings_BLD], 1)
+    own_memory = prompt.memory_BMD[..., : prompt.embeddings_BLD.shape[-1]]
+    inputs["inputs_embeds"] = torch.cat([own_memory, prompt.embeddings_BLD], 1)
     num_slots = inputs["inputs_embeds"].shape[1]
     places = iter(model.text_positions.weight[1:])  # of the tokens that it is fed, one a step
     hook = model.get_input_embeddings().register_forward_hook(lambda module, given, output: output + next(places))

@@ -145,20 +145,24 @@ def test_the_same_command_goes_on_where_it_was_interrupted(data, monkeypatch):
         torch.testing.assert_close(resumed[name], weight, rtol=0, atol=0, msg=name)
 
 
+@pytest.mark.parametrize("draft_layers", [0, 1])
 @pytest.mark.parametrize("head_type", ["projection", "latent", "residual", "sequential"])
-def test_heads_are_fitted_to_a_frozen_model(data, trained, head_type):
+def test_heads_are_fitted_to_a_frozen_model(data, trained, head_type, draft_layers):
     before = saved_state(trained)
-    folder = train("heads", **from_model(data, trained, "heads"), updates=2, num_heads=5, head_type=head_type)
+    heads = {"num_heads": 5, "head_type": head_type, "draft_layers": draft_layers}
+    folder = train("heads", **from_model(data, trained, "heads"), updates=2, **heads)
     model = SpeechLlamaForConditionalGeneration.from_pretrained(folder)
-    assert (model.num_heads, model.config.head_type) == (5, head_type)
-    after = model.state_dict()
-    frozen = {name for name in before if not name.startswith("mtp_heads.")}
-    assert frozen == {name for name in after if not name.startswith("mtp_heads.")}
+    assert (model.num_heads, model.config.head_type, model.config.draft_layers) == (5, head_type, draft_layers)
+    after, of_heads = model.state_dict(), ("mtp_heads.", "draft_layers.")
+    frozen = {name for name in before if not name.startswith(of_heads)}
+    assert frozen == {name for name in after if not name.startswith(of_heads)}
     for name in frozen:
         assert torch.equal(before[name], after[name]), name
     fresh, _ = load_initial(trained)
-    set_heads(fresh, num_heads=5, head_type=head_type, seed=1)
-    assert any(not torch.equal(w, after[f"mtp_heads.{n}"]) for n, w in fresh.mtp_heads.state_dict().items())
+    set_heads(fresh, **heads, seed=1)
+    for part in ("mtp_heads.", "draft_layers.")[: 1 + draft_layers]:
+        own = {name: weight for name, weight in fresh.state_dict().items() if name.startswith(part)}
+        assert any(not torch.equal(weight, after[name]) for name, weight in own.items())
 
 
 def training_logits(model, num_heads: int) -> list[torch.Tensor]:

@@ -79,15 +79,20 @@ def whisper(request, tmp_path_factory):
     return make_whisper(folder), folder, request.param
 
 
-@pytest.fixture
-def built(whisper, monkeypatch):
+@pytest.fixture(params=[0, 3], ids=["", "draft layers"])
+def built(request, whisper, monkeypatch):
     """The same as a Speech-LLaMA, double precision, and the tokens with which Whisper begins."""
     _, folder, kind = whisper
     if kind == "multilingual":
         monkeypatch.setattr("leapasr.model.building.MULTILINGUAL_VOCABULARY", 1)
-    preset = ModelPreset(str(folder), WhisperDecoder(), fields=FIELDS)
+    preset = ModelPreset(str(folder), WhisperDecoder(), fields=FIELDS | {"draft_layers": request.param})
     model = build_model(preset, frequent_tokens(whisper_tokenizer(folder), TEXTS, KEPT), seed=1)
     nn.init.normal_(model.mtp_heads.expansion.weight, std=0.1)
+    if model.draft_layers is not None:  # copies, so far
+        for name, parameter in model.draft_layers.named_parameters():
+            if "o_proj" in name or "down_proj" in name:
+                parameter.data *= 1.5
+        nn.init.normal_(model.speech_projection.ctc_projection.weight)
     names = SPECIAL[1:] if kind == "multilingual" else [SPECIAL[1], SPECIAL[-1]]
     ids = whisper_tokenizer(folder).get_vocab()
     return model.double().eval().requires_grad_(False), [ids[name] for name in names]
@@ -212,24 +217,23 @@ def test_saved_and_loaded_it_is_the_same(built, tmp_path):
 
 
 @torch.no_grad()
-def test_what_ctc_reads_reaches_the_prompt_once_its_matrix_is_learnt(built):
+def test_what_ctc_reads_reaches_the_draft_layers_alone(built):
     model, _ = built
     audio, lengths = features(1)
-    before = model.encode(audio, lengths)
-    nn.init.normal_(model.speech_projection.ctc_projection.weight)
-    after = model.encode(audio, lengths)
-    assert torch.equal(before.ctc_logits_BTV, after.ctc_logits_BTV)
-    assert not torch.allclose(before.embeddings_BLD, after.embeddings_BLD)
+    text = torch.randint(KEPT, (1, 5))
+    before = model(audio, lengths, text)
     nn.init.normal_(model.adapter.projection.weight)
-    nn.init.zeros_(model.speech_projection.ctc_projection.weight)
-    assert torch.equal(before.embeddings_BLD, model.encode(audio, lengths).embeddings_BLD)  # the encoder's frames
+    nn.init.normal_(model.speech_projection.ctc_projection.weight)
+    after = model(audio, lengths, text)
+    assert not torch.allclose(before.encoding.ctc_logits_BTV, after.encoding.ctc_logits_BTV)
+    reaches = [not torch.equal(one, other) for one, other in zip(before.head_logits, after.head_logits, strict=True)]
+    assert reaches == [False] + [model.draft_layers is not None] * 3
 
 
 def test_training_leaves_the_mark_to_frames(built):
     """A text row that bore it would be taken for a frame."""
     model, _ = built
     model = copy.deepcopy(model).requires_grad_(True)
-    nn.init.normal_(model.speech_projection.ctc_projection.weight)
     model.keep_reserved()
     audio, lengths = features(2)
     output = model(audio, lengths, torch.randint(KEPT, (2, 5)))
@@ -238,9 +242,12 @@ def test_training_leaves_the_mark_to_frames(built):
     written = [
         model.text_positions.weight.grad.T, model.soft_prompt.weight.grad.T, model.get_input_embeddings().weight.grad.T,
         model.speech_projection.projection.weight.grad, model.speech_projection.projection.bias.grad,
-        model.speech_projection.ctc_projection.weight.grad,
     ]  # fmt: skip
-    for layer in model.decoder.model.layers:
+    layers = [*model.decoder.model.layers]
+    if model.draft_layers is not None:
+        written.append(model.speech_projection.ctc_projection.weight.grad)
+        layers += model.draft_layers.body.layers
+    for layer in layers:
         written += [layer.self_attn.o_proj.weight.grad, layer.self_attn.o_proj.bias.grad]
         if isinstance(layer.mlp, LlamaMLP):
             written += [layer.mlp.down_proj.weight.grad, layer.mlp.down_proj.bias.grad]

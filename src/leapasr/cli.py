@@ -349,6 +349,9 @@ def train(
     head_type: Annotated[
         Literal["projection", "latent", "residual", "sequential"] | None, typer.Option(help="What heads 2 to K are.")
     ] = None,
+    draft_layers: Annotated[
+        int | None, typer.Option(min=0, help="Decoder layers that heads 2 to K have to themselves.")
+    ] = None,
     stages: Annotated[str | None, typer.Option(help="Only these stages of the preset, by commas.")] = None,
     updates: Annotated[int | None, typer.Option(min=1, help="Updates of every stage, instead of the preset's.")] = None,
     augmentation: Annotated[bool, typer.Option(help="Vary speed, noise, room, and mask features.")] = True,
@@ -374,6 +377,7 @@ def train(
             initial_model=init,
             num_heads=heads,
             head_type=head_type,
+            draft_layers=draft_layers,
             stages=stages,
             updates=updates,
             augment=augmentation,

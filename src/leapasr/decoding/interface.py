@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from leapasr.decoding.cache import RaggedCache
+from leapasr.model.draft_layers import DraftLayers, read_hidden
 from leapasr.model.mtp_heads import MTPHeads
 from leapasr.model.speech_llama import SpeechLlamaForConditionalGeneration
 
@@ -86,7 +87,7 @@ class Decoder(Protocol):
     def call(
         self, embeddings_BWD: Tensor, positions_BW: Tensor, mask_B1WS: Tensor, cache: RaggedCache | None
     ) -> Tensor:
-        """One forward pass: last hidden states (B, W, D), ready for the heads.
+        """One forward pass: what the heads read of each input, (B, W, H), H as the decoder likes.
 
         Args:
             embeddings_BWD: inputs.
@@ -96,10 +97,10 @@ class Decoder(Protocol):
         """
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Head 1's logits (..., V) from hidden states (..., D)."""
+        """Head 1's logits (..., V) from what `call` gave (..., H)."""
 
-    def draft_logits(self, hidden_BD: Tensor, first_tokens_B: Tensor, num_drafts: int) -> Tensor:
-        """Logits (B, J, V) of heads 2..J+1 from hidden states (B, D) in which head 1 chose `first_tokens_B`."""
+    def draft_logits(self, hidden_BH: Tensor, first_tokens_B: Tensor, num_drafts: int) -> Tensor:
+        """Logits (B, J, V) of heads 2..J+1 from what `call` gave (B, H), where head 1 chose `first_tokens_B`."""
 
 
 class CausalLMDecoder:
@@ -110,13 +111,15 @@ class CausalLMDecoder:
     Args:
         causal_lm: takes ``inputs_embeds``, ``position_ids``, a 4-D ``attention_mask`` and ``past_key_values``, attends
             to all earlier positions, and its logits are its output embeddings times its last hidden state.
-        mtp_heads: heads 2..K, None for K = 1.
+        mtp_heads: heads 2..K, None for K = 1. draft_layers: what they alone read through.
 
     Raises:
         ValueError: the LM has no end-of-text token.
     """
 
-    def __init__(self, causal_lm: PreTrainedModel, mtp_heads: MTPHeads | None = None):
+    def __init__(
+        self, causal_lm: PreTrainedModel, mtp_heads: MTPHeads | None = None, draft_layers: DraftLayers | None = None
+    ):
         config = causal_lm.config
         end = config.eos_token_id
         if end is None:
@@ -124,7 +127,7 @@ class CausalLMDecoder:
         self.body: nn.Module = causal_lm.base_model
         self.lm_head: nn.Linear = causal_lm.get_output_embeddings()
         self.embed_tokens: nn.Embedding = causal_lm.get_input_embeddings()  # type: ignore[assignment]
-        self.mtp_heads = mtp_heads
+        self.mtp_heads, self.draft_layers = mtp_heads, draft_layers
         self.num_heads = 1 if mtp_heads is None else mtp_heads.num_heads
         self.max_positions: int = config.max_position_embeddings
         self.max_text = self.max_positions
@@ -142,20 +145,23 @@ class CausalLMDecoder:
     def call(
         self, embeddings_BWD: Tensor, positions_BW: Tensor, mask_B1WS: Tensor, cache: RaggedCache | None
     ) -> Tensor:
-        return self.body(
-            inputs_embeds=embeddings_BWD,
+        return read_hidden(
+            self.body,
+            self.draft_layers,
+            embeddings_BWD,
             position_ids=positions_BW,
             attention_mask=mask_B1WS,
             past_key_values=cache,
             use_cache=cache is not None,
-        ).last_hidden_state
+        )
 
     def logits(self, hidden: Tensor) -> Tensor:
-        return self.lm_head(hidden)
+        return self.lm_head(hidden[..., : self.lm_head.in_features])
 
-    def draft_logits(self, hidden_BD: Tensor, first_tokens_B: Tensor, num_drafts: int) -> Tensor:
+    def draft_logits(self, hidden_BH: Tensor, first_tokens_B: Tensor, num_drafts: int) -> Tensor:
         assert self.mtp_heads is not None
         assert num_drafts < self.num_heads
+        hidden_BD = hidden_BH[:, -self.lm_head.in_features :]
         return self.mtp_heads.draft_logits(hidden_BD, first_tokens_B, self.lm_head, self.embed_tokens, num_drafts)
 
 
@@ -163,7 +169,7 @@ class SpeechLlamaDecoder(CausalLMDecoder):
     """The decoding side of a Speech-LLaMA."""
 
     def __init__(self, model: SpeechLlamaForConditionalGeneration):
-        super().__init__(model.decoder, model.mtp_heads)
+        super().__init__(model.decoder, model.mtp_heads, model.draft_layers)
         self._embed_text, self._remember = model.embed_text, model.remember
         if model.config.text_positions:
             self.max_text = model.config.text_positions - 1

@@ -92,8 +92,8 @@ class SpeechProjection(nn.Module):
     first have to learn to join neighbouring places. The posterior is detached: the CTC head learns from the CTC
     loss alone.
 
-    Where speech is the decoder's memory the embedding is that of CTC's best token, which is cheaper where there are
-    many tokens, and of the size of encoder frames, in which it would drown.
+    Where speech is the decoder's memory, draft layers alone get this. The embedding is that of CTC's best token then,
+    which is cheaper where there are many tokens, and of the size of encoder frames, in which it would drown.
 
     With `ctc_positions` the prompt's positions count CTC's tokens, from the position of begin-of-text on: text and
     prompt then share one axis, and as far as CTC has the right number of tokens the decoder finds what it is to
@@ -102,8 +102,8 @@ class SpeechProjection(nn.Module):
 
     def __init__(self, config: SpeechLlamaConfig, frame_size: int):
         super().__init__()
+        self.config = config
         self.stacking = config.decoder_stacking
-        self.ctc_in_prompt = config.ctc_in_prompt
         self.lookahead = config.ctc_lookahead
         self.ctc_positions = config.ctc_positions
         self.blank = config.blank_token_id
@@ -120,12 +120,16 @@ class SpeechProjection(nn.Module):
     def forward(
         self, frames_BTD: Tensor, lengths_B: Tensor, ctc_logits_BTV: Tensor, token_embeddings_VD: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns speech embeddings (B, L, D), L = ceil(T / stacking), their lengths (B,) and positions (B, L)."""
+        """Returns speech embeddings (B, L, D), L = ceil(T / stacking), their lengths (B,) and positions (B, L).
+
+        Where draft layers remember what CTC reads (B, L, 2D): without it, for head 1, and with it.
+        """
         stacked, stacked_lengths_B = stack_frames(frames_BTD, lengths_B, self.stacking)
         embeddings = self.projection(stacked)
         ids_BT = self.best_tokens(ctc_logits_BTV, lengths_B)
-        if self.ctc_in_prompt:
-            embeddings = embeddings + self.read_ctc(ctc_logits_BTV, ids_BT, lengths_B, token_embeddings_VD)
+        if self.config.drafts_remember_ctc or (self.config.ctc_in_prompt and not self.config.speech_as_memory):
+            with_ctc = embeddings + self.read_ctc(ctc_logits_BTV, ids_BT, lengths_B, token_embeddings_VD)
+            embeddings = torch.cat([embeddings, with_ctc], -1) if self.config.drafts_remember_ctc else with_ctc
         missing = -ids_BT.shape[1] % self.stacking
         ids_BLS = nn.functional.pad(ids_BT, (0, missing), value=self.blank).unflatten(1, (-1, self.stacking))
         return embeddings, stacked_lengths_B, self.positions(ids_BLS, stacked_lengths_B)

@@ -82,8 +82,7 @@ def build_model(
         nn.init.zeros_(model.speech_projection.projection.weight)
     if decoder is not None:
         _load(model.decoder, decoder.state_dict(), str(preset.decoder))
-        if model.mtp_heads is not None:
-            model.mtp_heads.reset_from(model.decoder.lm_head)
+        model.reset_heads()
     if preset.lora_rank:
         add_low_rank(model.decoder, rank=preset.lora_rank)
     return model
@@ -123,8 +122,7 @@ def _build_from_whisper(
     assert not unexpected, unexpected
     assert isinstance(model.ctc_head, SharedCTCHead)
     model.ctc_head.reset_from(model.decoder.model.norm)
-    if model.mtp_heads is not None:
-        model.mtp_heads.reset_from(model.decoder.lm_head)
+    model.reset_heads()
     return model
 
 

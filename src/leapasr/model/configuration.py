@@ -35,8 +35,8 @@ class SpeechLlamaConfig(PreTrainedConfig):
             pooling).
         decoder_stacking: adapter frames stacked to one speech embedding (2: 12.5 a second).
         speech_as_memory: the encoder's frames are keys and values in the decoder's cache, as in cross-attention, and
-            pass through none of its layers; the adapter serves the CTC head alone, and what CTC reads reaches the
-            decoder through a matrix that begins at zero. Of the decoder, only LLaMA's own modules will do.
+            pass through none of its layers; the adapter serves the CTC head, and what CTC reads reaches the draft
+            layers alone, through a matrix that begins at zero. Of the decoder, only LLaMA's own modules will do.
         attention_only: decoder layers without a feed-forward part.
         ctc_unembedding: CTC finds its tokens through the decoder's unembedding.
         soft_prompt: learnt places right before begin-of-text.
@@ -50,6 +50,8 @@ class SpeechLlamaConfig(PreTrainedConfig):
             the position from which the decoder writes token u. For decoders that are trained with it.
         num_heads: K, the tokens predicted per decoder call; head 1 is the decoder's own.
         head_type: architecture of heads 2..K: ``projection``, ``latent``, ``residual`` or ``sequential``.
+        draft_layers: so many of the decoder's last layers are there twice: for head 1, and for heads 2..K
+            (`DraftLayers`).
         weight_storage: ``float`` or ``int8`` (matrices stored in 8 bits per output channel, widened at load).
 
     Raises:
@@ -84,6 +86,7 @@ class SpeechLlamaConfig(PreTrainedConfig):
         ctc_positions: bool = False,
         num_heads: int = 4,
         head_type: str = "latent",
+        draft_layers: int = 0,
         weight_storage: str = "float",
         **kwargs: Any,
     ):
@@ -110,6 +113,11 @@ class SpeechLlamaConfig(PreTrainedConfig):
             )
         self.encoder_config = _as_config(encoder_config, "whisper")
         self.decoder_config = _as_config(decoder_config, "llama")
+        if not 0 <= draft_layers <= self.decoder_config.num_hidden_layers or (draft_layers and num_heads == 1):
+            raise ValueError(
+                f"draft_layers must be from 0 to the decoder's {self.decoder_config.num_hidden_layers} layers, and 0 "
+                f"with one head, got {draft_layers} with num_heads={num_heads}"
+            )
         self.adapter_size = adapter_size
         self.adapter_layers = adapter_layers
         self.adapter_attention_heads = adapter_attention_heads
@@ -129,6 +137,7 @@ class SpeechLlamaConfig(PreTrainedConfig):
         self.ctc_positions = ctc_positions
         self.num_heads = num_heads
         self.head_type = head_type
+        self.draft_layers = draft_layers
         self.weight_storage = weight_storage
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             kwargs[name] = getattr(self.decoder_config, name)
@@ -138,6 +147,11 @@ class SpeechLlamaConfig(PreTrainedConfig):
     def blank_token_id(self) -> int:
         """The CTC blank: the padding token, which no text contains."""
         return self.decoder_config.pad_token_id
+
+    @property
+    def drafts_remember_ctc(self) -> bool:
+        """Whether the draft layers' memory of speech also carries what CTC reads; the decoder's own does not."""
+        return self.speech_as_memory and self.ctc_in_prompt and self.draft_layers > 0
 
     @property
     def vocab_size(self) -> int:

@@ -10,6 +10,7 @@ the tokens), D decoder width, V vocabulary, F mel bins.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,6 +25,7 @@ from leapasr.model import storage
 from leapasr.model.adapter import Adapter, SharedCTCHead, SpeechProjection, stack_frames
 from leapasr.model.checkpoints import CheckpointError
 from leapasr.model.configuration import SpeechLlamaConfig
+from leapasr.model.draft_layers import build_draft_layers, leave_out_feed_forward, read_hidden
 from leapasr.model.encoders import attention_bias, build_encoder, padding_mask
 from leapasr.model.mtp_heads import build_heads
 
@@ -35,7 +37,7 @@ class SpeechEncoding:
     """What the speech side gives for a batch.
 
     ctc_logits_BTV (B, T, V) at `model.ctc_frame_rate` frames a second with lengths ctc_lengths_B (B,);
-    embeddings_BLD (B, L, D) for the decoder's prompt with lengths lengths_B (B,) and positions positions_BL (B, L).
+    embeddings_BLD (B, L, D) for the decoder's prompt or memory ((B, L, 2D) where draft layers remember others) with lengths lengths_B (B,) and positions positions_BL (B, L).
     """
 
     ctc_logits_BTV: Tensor
@@ -95,13 +97,6 @@ def causal_mask(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.full((size, size), torch.finfo(dtype).min, dtype=dtype, device=device).triu(1)[None, None]
 
 
-class NoFeedForward(nn.Module):
-    """In the place of a feed-forward part that a layer does not have."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x.new_zeros(())
-
-
 class SpeechLlamaForConditionalGeneration(PreTrainedModel):
     """A Speech-LLaMA whose decoder predicts K tokens per call.
 
@@ -127,18 +122,16 @@ class SpeechLlamaForConditionalGeneration(PreTrainedModel):
             config, frame_size if config.speech_as_memory else config.adapter_size
         )
         self.decoder = AutoModelForCausalLM.from_config(config.decoder_config)
-        for index in config.attention_only:
-            layer = self.decoder.model.layers[index]
-            layer.post_attention_layernorm, layer.mlp = nn.Identity(), NoFeedForward()
+        leave_out_feed_forward(self.decoder.model.layers[index] for index in config.attention_only)
         size = config.decoder_config.hidden_size
         if config.logit_bias:
             self.decoder.lm_head.bias = nn.Parameter(torch.zeros(config.vocab_size))
         self.text_positions = nn.Embedding(config.text_positions, size) if config.text_positions else None
         self.soft_prompt = nn.Embedding(config.soft_prompt, size) if config.soft_prompt else None
         self.mtp_heads = build_heads(config)
+        self.draft_layers = build_draft_layers(config)
         self.post_init()
-        if self.mtp_heads is not None:
-            self.mtp_heads.reset_from(self.decoder.lm_head)
+        self.reset_heads()
 
     def save_pretrained(  # type: ignore[override]
         self, folder: str | os.PathLike, *, weights: Literal["float", "int8"] = "float", max_shard_size: Any = None
@@ -200,6 +193,13 @@ class SpeechLlamaForConditionalGeneration(PreTrainedModel):
         """CTC frames a second."""
         return self.encoder.frame_rate / self.config.encoder_stacking
 
+    def reset_heads(self) -> None:
+        """Let heads 2..K, and their draft layers, begin as copies of head 1 and of what it reads through."""
+        if self.draft_layers is not None:
+            self.draft_layers.reset_from(self.decoder.base_model)
+        if self.mtp_heads is not None:
+            self.mtp_heads.reset_from(self.decoder.lm_head)
+
     def keep_reserved(self) -> None:
         """Let no gradient reach what writes into the reserved dimensions of the decoder's residual stream."""
         if not self.config.reserved:
@@ -207,7 +207,7 @@ class SpeechLlamaForConditionalGeneration(PreTrainedModel):
         index = torch.tensor(self.config.reserved, device=self.device)
         columns = [self.get_input_embeddings(), self.text_positions, self.soft_prompt]
         rows = [self.speech_projection.projection, self.speech_projection.ctc_projection]
-        for layer in self.decoder.model.layers:
+        for layer in self._layers_with_memory():
             rows += [layer.self_attn.o_proj, getattr(layer.mlp, "down_proj", None)]
         for dimension, modules in ((1, columns), (0, rows)):
             for parameter in (
@@ -264,13 +264,24 @@ class SpeechLlamaForConditionalGeneration(PreTrainedModel):
         positions = join_positions(encoding.positions_BL, encoding.lengths_B, prompt.shape[1])
         return prompt, encoding.lengths_B + begin_BND.shape[1], positions
 
+    def _layers_with_memory(self) -> Iterator[nn.Module]:
+        """The decoder's layers, and the draft layers, in the order of their places in the cache."""
+        yield from self.decoder.model.layers
+        if self.draft_layers is not None:
+            yield from self.draft_layers.body.layers
+
     def remember(self, embeddings_BLD: Tensor, cache: Cache) -> None:
-        """Put the keys and values of speech embeddings (B, L, D) into every layer of the decoder's `cache`.
+        """Put the keys and values of speech embeddings into every layer of the decoder's `cache`.
 
         They have no rotary position: a decoder with a memory has learnt ones.
+
+        Args:
+            embeddings_BLD: (B, L, D); (B, L, 2D) where draft layers read others than the decoder's own layers.
         """
-        for index, layer in enumerate(self.decoder.model.layers):
-            normed = layer.input_layernorm(embeddings_BLD)
+        D = self.config.decoder_config.hidden_size
+        for index, layer in enumerate(self._layers_with_memory()):
+            drafting = index >= self.config.decoder_config.num_hidden_layers
+            normed = layer.input_layernorm(embeddings_BLD[..., -D:] if drafting else embeddings_BLD[..., :D])
             keys, values = (
                 projection(normed).unflatten(-1, (-1, layer.self_attn.head_dim)).transpose(1, 2)
                 for projection in (layer.self_attn.k_proj, layer.self_attn.v_proj)
@@ -303,42 +314,47 @@ class SpeechLlamaForConditionalGeneration(PreTrainedModel):
         else:
             hidden_BUD = self._read_behind_prompt(embeddings_BLD, lengths_B, positions_BL, text_BUD)
         hidden_BUD = hidden_BUD[:, self.config.soft_prompt :]
-        logits = [self.decoder.lm_head(hidden_BUD)]
+        D = text_BUD.shape[-1]
+        logits = [self.decoder.lm_head(hidden_BUD[..., :D])]
         if self.mtp_heads is not None and num_heads != 1:
             next_BUD = nn.functional.pad(self.get_input_embeddings()(text_BM), (0, 0, 0, 1))
-            logits += self.mtp_heads.training_logits(hidden_BUD, next_BUD, self.decoder.lm_head)
+            logits += self.mtp_heads.training_logits(hidden_BUD[..., -D:], next_BUD, self.decoder.lm_head)
         return logits
 
     def _read_behind_prompt(
         self, embeddings_BLD: Tensor, lengths_B: Tensor, positions_BL: Tensor, text_BUD: Tensor
     ) -> Tensor:
-        """Last hidden states (B, U, D) of text (B, U, D) whose prompt goes through the decoder's layers."""
+        """What heads read (`read_hidden`) of text (B, U, D) whose prompt goes through the decoder's layers."""
         size = embeddings_BLD.shape[1] + text_BUD.shape[1]  # not the longest row: shapes of few sizes are faster
         joined, _ = join_rows(embeddings_BLD, lengths_B, text_BUD.to(embeddings_BLD.dtype), size=size)
-        hidden = self.decoder.model(
-            inputs_embeds=joined,
+        hidden = read_hidden(
+            self.decoder.base_model,
+            self.draft_layers,
+            joined,
             position_ids=join_positions(positions_BL, lengths_B, size),
             # given whole: from positions that are not consecutive transformers would make out several texts
             attention_mask=causal_mask(size, joined.dtype, joined.device).expand(len(joined), 1, size, size),
             use_cache=False,
-        ).last_hidden_state
+        )
         index_BU = lengths_B[:, None] + torch.arange(text_BUD.shape[1], device=lengths_B.device)[None]
         return hidden.gather(1, index_BU[..., None].expand(-1, -1, hidden.shape[-1]))
 
     def _read_beside_memory(self, embeddings_BLD: Tensor, lengths_B: Tensor, text_BUD: Tensor) -> Tensor:
-        """Last hidden states (B, U, D) of text (B, U, D) whose speech is the decoder's memory."""
+        """What heads read (`read_hidden`) of text (B, U, D) whose speech is the decoder's memory."""
         U, L = text_BUD.shape[1], embeddings_BLD.shape[1]
         cache = DynamicCache()
         self.remember(embeddings_BLD, cache)
         bias_B11L = attention_bias(padding_mask(lengths_B, L), text_BUD.dtype)
         causal_11UU = causal_mask(U, text_BUD.dtype, text_BUD.device)
-        return self.decoder.model(
-            inputs_embeds=text_BUD,
+        return read_hidden(
+            self.decoder.base_model,
+            self.draft_layers,
+            text_BUD,
             position_ids=torch.arange(U, device=text_BUD.device).expand(len(text_BUD), U),
             attention_mask=torch.cat([bias_B11L.expand(-1, 1, U, L), causal_11UU.expand(len(text_BUD), 1, U, U)], -1),
             past_key_values=cache,
             use_cache=True,
-        ).last_hidden_state
+        )
 
     def forward(self, input_features: Tensor, feature_lengths: Tensor, text_ids: Tensor) -> SpeechLlamaOutput:
         """Teacher-forced training pass; the losses are in `leapasr.training.losses`.

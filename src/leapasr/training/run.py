@@ -78,6 +78,7 @@ def prepare(
     initial_model: Path | None = None,
     num_heads: int | None = None,
     head_type: str | None = None,
+    draft_layers: int | None = None,
     seed: int = 1,
     report: Callable[[str], None] = print,
     **options: Any,
@@ -88,7 +89,7 @@ def prepare(
         preset: what to build the model from; not used where there is an `initial_model`.
         manifests: training manifests and weights. dev, text: dev manifests, prose.
         initial_model: folder of a leapasr model to start from; heads that it lacks are new.
-        num_heads, head_type: instead of those of the preset or the initial model.
+        num_heads, head_type, draft_layers: instead of those of the preset or the initial model.
         report: is told of every utterance that is left out.
         options: further fields of `TrainingConfig`.
 
@@ -103,12 +104,12 @@ def prepare(
     texts = passages((p for path in text for p in read_paragraphs(path)), seed=seed)
     if text and not texts:
         raise ValueError(f"no usable passage in {', '.join(map(str, text))}: prose is needed, a paragraph a line")
+    heads = {"num_heads": num_heads, "head_type": head_type, "draft_layers": draft_layers}
     if initial_model is not None:
         model, processor = load_initial(initial_model)
-        set_heads(model, num_heads=num_heads, head_type=head_type, seed=seed)
+        set_heads(model, **heads, seed=seed)
     elif preset is not None:
-        chosen = {"num_heads": num_heads, "head_type": head_type}
-        fields = preset.fields | {name: value for name, value in chosen.items() if value is not None}
+        fields = preset.fields | {name: value for name, value in heads.items() if value is not None}
         preset = replace(preset, fields=fields)
         tokenizer = load_tokenizer(preset, texts, output / "tokenizer")
         model, processor = build_model(preset, tokenizer, seed=seed), build_processor(preset, tokenizer)
@@ -266,6 +267,7 @@ def train(
     initial_model: Path | None = None,
     num_heads: int | None = None,
     head_type: str | None = None,
+    draft_layers: int | None = None,
     stages: str | None = None,
     updates: int | None = None,
     augment: bool = True,
@@ -306,6 +308,7 @@ def train(
         initial_model=initial_model,
         num_heads=num_heads,
         head_type=head_type,
+        draft_layers=draft_layers,
         seed=seed,
         report=report,
         **options,

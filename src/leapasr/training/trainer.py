@@ -39,11 +39,12 @@ from leapasr.training.optimizer import MasterAdamW
 
 TRAINED_PREFIXES = {
     "language": ("decoder.",),
-    "text": ("decoder.", "mtp_heads.", "speech_projection.previous.", "speech_projection.following"),
+    "text": ("decoder.", "mtp_heads.", "draft_layers.", "speech_projection.previous.", "speech_projection.following"),
     "ctc": ("encoder.", "adapter.", "ctc_head."),
     "joint": ("",),
-    "heads": ("mtp_heads.",),
+    "heads": ("mtp_heads.", "draft_layers."),
 }
+CTC_READING = ("speech_projection.ctc_projection.", "speech_projection.previous.", "speech_projection.following")
 
 
 MAX_DEV_TEXTS = 2000
@@ -97,8 +98,7 @@ class StageTask(torch.nn.Module):
                 read_BLD, batch.read_lengths, positions_BL, self.read(batch), num_heads=num_heads
             )
         else:
-            with torch.set_grad_enabled(torch.is_grad_enabled() and task != "heads"):
-                encoding = self.encode(batch)
+            encoding = self.encode(batch)
             if task != "heads":
                 ctc = ctc_loss(
                     encoding.ctc_logits_BTV,
@@ -318,8 +318,11 @@ class Trainer:
         layers = model.config.encoder_config.num_hidden_layers
         model.encoder.freeze_layers(layers if stage.frozen_encoder_layers is None else stage.frozen_encoder_layers)
         freeze_adapted(model.decoder)
+        trained = TRAINED_PREFIXES[stage.task]
+        if stage.task == "heads" and model.config.drafts_remember_ctc:
+            trained += CTC_READING
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(parameter.requires_grad and name.startswith(TRAINED_PREFIXES[stage.task]))
+            parameter.requires_grad_(parameter.requires_grad and name.startswith(trained))
         optimizer = MasterAdamW(
             [(n, p) for n, p in model.named_parameters() if p.requires_grad],
             lr_scale=stage.lr_scale,
