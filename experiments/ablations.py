@@ -42,9 +42,9 @@ class Variant:
     random: tuple[str, ...] = ()
 
 
-def recipe(*, ctc: int, joint: int, batch: float) -> tuple[Stage, ...]:
+def recipe(*, ctc: int, settle: int, heads: int, batch: float) -> tuple[Stage, ...]:
     """The stages of the shipped model, with few updates each."""
-    updates = {"ctc": ctc, "settle": joint // 2, "joint": joint - joint // 2}
+    updates = {"ctc": ctc, "settle": settle, "reading": ctc, "heads": heads}
     return tuple(
         replace(stage, updates=updates[stage.name], batch=batch, warmup=updates[stage.name] // 8, averaging=0.98)
         for stage in tiny()[1]
@@ -54,31 +54,35 @@ def recipe(*, ctc: int, joint: int, batch: float) -> tuple[Stage, ...]:
 def variants(arguments: argparse.Namespace) -> list[Variant]:
     """The recipe with everything, and without one ingredient each."""
     model, _ = tiny(arguments.whisper)
-    ctc, *joint = recipe(ctc=arguments.ctc_updates, joint=arguments.joint_updates, batch=arguments.batch)
+    ctc, settle, reading, heads = stages = recipe(
+        ctc=arguments.ctc_updates, settle=arguments.settle_updates, heads=arguments.head_updates, batch=arguments.batch
+    )
     real = dict.fromkeys(arguments.manifest, 1.0)
-    everything = Variant("everything", model, (ctc, *joint), real | {arguments.synthetic: arguments.synthetic_weight})
+    everything = Variant("everything", model, stages, real | {arguments.synthetic: arguments.synthetic_weight})
 
     def changed(**fields: Any) -> ModelPreset:
         return replace(model, fields=model.fields | fields)
-
-    def joint_with(**fields: Any) -> tuple[Stage, ...]:
-        return (ctc, *(replace(stage, **fields) for stage in joint))
 
     silent = changed(ctc_in_prompt=False, ctc_lookahead=0)
     found = [
         everything,
         replace(everything, name="encoder from random weights", random=("encoder.",),
-                stages=(replace(ctc, frozen_encoder_layers=0), *joint)),
-        replace(everything, name="encoder frozen", stages=joint_with(frozen_encoder_layers=None)),
+                stages=(replace(ctc, frozen_encoder_layers=0), settle, reading, heads)),
+        replace(everything, name="encoder frozen",
+                stages=(ctc, replace(settle, frozen_encoder_layers=None), reading, heads)),
         replace(everything, name="decoder from random weights", random=("decoder.", "text_positions.", "soft_prompt.")),
         replace(everything, name="CTC from random weights", random=("ctc_head.",)),
         replace(everything, name="no CTC (neither loss nor what it reads)", model=silent,
-                stages=joint_with(ctc_weight=0.0)[1:]),
-        replace(everything, name="what CTC reads hidden from the decoder", model=silent),
+                stages=(replace(settle, ctc_weight=0.0), heads)),
+        replace(everything, name="what CTC reads hidden from the heads", model=silent),
         replace(everything, name="no augmentation", stages=tuple(
-            replace(stage, augmentation=NO_AUGMENTATION) for stage in everything.stages)),
+            replace(stage, augmentation=NO_AUGMENTATION) for stage in stages)),
         replace(everything, name="no synthetic speech", manifests=real),
-        replace(everything, name="head 1 alone (K = 1)", model=changed(num_heads=1)),
+        replace(everything, name="no draft layers", model=changed(draft_layers=0)),
+        replace(everything, name="heads trained with all the rest",
+                stages=(ctc, settle, reading, replace(settle, name="heads", updates=heads.updates, head_weights=0.3))),
+        replace(everything, name="head 1 alone (K = 1)", model=changed(num_heads=1, draft_layers=0),
+                stages=(ctc, settle, reading)),
     ]  # fmt: skip
     if arguments.other_whisper:
         other, _ = tiny(str(arguments.other_whisper))
@@ -135,10 +139,11 @@ def page(rows: Sequence[dict[str, Any]], arguments: argparse.Namespace, num_dev:
     lines = [
         "# What each ingredient brings",
         "",
-        f"Small equal budgets ({arguments.ctc_updates} CTC and {arguments.joint_updates} joint updates of "
-        f"{arguments.batch:g} s, Whisper `{Path(arguments.whisper).name}`), seed {arguments.seed}, WER on {num_dev} "
-        "dev utterances. The figures show what helps early, not where training ends. Call reduction by verification, "
-        "with drafts of the heads alone, and of heads and CTC.",
+        f"Small equal budgets: updates of {arguments.batch:g} s, {arguments.ctc_updates} in each of the stages ctc and "
+        f"reading, {arguments.settle_updates} in settle, {arguments.head_updates} in heads. Whisper "
+        f"`{Path(arguments.whisper).name}`, seed {arguments.seed}, WER on {num_dev} dev utterances. The figures show "
+        "what helps early, not where training ends. Call reduction by verification, with drafts of the heads alone, "
+        "and of heads and CTC.",
         "",
         "| run | CTC greedy WER % | decoder WER % (95% interval) | calls, heads | calls, heads and CTC | minutes |",
         "| --- | --- | --- | --- | --- | --- |",
@@ -165,8 +170,9 @@ def main() -> None:
     )
     parser.add_argument("--dev", type=Path, required=True, help="dev manifest")
     parser.add_argument("--dev-utterances", type=int, default=100)
-    parser.add_argument("--ctc-updates", type=int, default=300)
-    parser.add_argument("--joint-updates", type=int, default=150)
+    parser.add_argument("--ctc-updates", type=int, default=150, help="of each of the stages ctc and reading")
+    parser.add_argument("--settle-updates", type=int, default=100)
+    parser.add_argument("--head-updates", type=int, default=100)
     parser.add_argument("--batch", type=float, default=60, help="seconds of audio an update")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--work", type=Path, default=Path("work/ablations"))

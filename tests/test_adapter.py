@@ -13,16 +13,19 @@ from leapasr.model.adapter import (
 )
 
 
-def readings_around(ids, offsets, blank):
+def readings_around(ids, offsets, blank, everywhere=False):
     """For each frame the frames at which the tokens around its own begin, None where there is none: read as a person
-    would."""
+    would. With `everywhere` a blank's own token is the last one before it."""
     runs, run_of_frame = [], []
     for frame, token in enumerate(ids):
         if token != blank and (frame == 0 or ids[frame - 1] != token):
             runs.append(frame)
         run_of_frame.append(len(runs) - 1)
     return [
-        [runs[run + offset] if token != blank and 0 <= run + offset < len(runs) else None for offset in offsets]
+        [
+            runs[run + offset] if (everywhere or token != blank) and 0 <= run + offset < len(runs) else None
+            for offset in offsets
+        ]
         for run, token in zip(run_of_frame, ids, strict=True)
     ]
 
@@ -32,16 +35,17 @@ def projection(config, dtype=torch.float64):
     return SpeechProjection(config, config.adapter_size).to(dtype).requires_grad_(False)
 
 
-def test_neighbouring_readings_against_a_loop():
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_neighbouring_readings_against_a_loop(everywhere):
     generator = torch.Generator().manual_seed(0)
-    offsets = [-1, 1, 2, 5]
+    offsets = [0, -1, 1, 2, 5]
     for size in (1, 2, 3, 40):
         for vocabulary in (2, 3, 6):  # with few tokens, runs and repetitions across blanks are common
             ids = torch.randint(0, vocabulary, (50, size), generator=generator)
             for blank in range(vocabulary):
-                found, exists = neighbouring_readings(ids, offsets, blank=blank)
+                found, exists = neighbouring_readings(ids, offsets, blank=blank, everywhere=everywhere)
                 for row, places, there in zip(ids.tolist(), found.tolist(), exists.tolist(), strict=True):
-                    expected = readings_around(row, offsets, blank)
+                    expected = readings_around(row, offsets, blank, everywhere)
                     assert there == [[place is not None for place in frame] for frame in expected]
                     assert places == [[place or 0 for place in frame] for frame in expected]
 
@@ -130,6 +134,35 @@ def test_what_ctc_reads_against_a_loop(stacking):
         for u in range(read.shape[1]):
             parts = together[u * stacking : (u + 1) * stacking]
             torch.testing.assert_close(read[row, u], sum(parts, start=torch.zeros(32, dtype=torch.float64)))
+
+
+def test_in_a_memory_every_frame_has_what_ctc_reads_around_it():
+    config = tiny_config(ctc_lookahead=2, draft_layers=1)
+    config.speech_as_memory = True
+    project = projection(config)
+    generator = torch.Generator().manual_seed(2)
+    embeddings = torch.randn(VOCAB_SIZE, 32, generator=generator, dtype=torch.float64)
+    logits = torch.randn(2, 9, VOCAB_SIZE, generator=generator, dtype=torch.float64)
+    logits[..., 4:] -= 9
+    logits[0, 0, PAD], lengths = 9, torch.tensor([9, 4])
+    frames = torch.randn(2, 9, 16, generator=generator, dtype=torch.float64)
+    config.decoder_stacking = project.stacking = 1
+    project.projection = torch.nn.Linear(16, 32).double()
+    both, _, _ = project(frames, lengths, logits, embeddings)
+    for row, length in enumerate(lengths.tolist()):
+        best = logits[row, :length].argmax(-1).tolist()
+        assert torch.allclose(both[row, :length, :32], project.projection(frames[row, :length]))
+        for t, around in enumerate(readings_around(best, [0, -1, 1, 2], PAD, everywhere=True)):
+            own, before, *behind = (
+                torch.zeros(32).double()
+                if place is None
+                else torch.nn.functional.rms_norm(embeddings[best[place]], (32,))
+                for place in around
+            )
+            following = torch.cat([project.following(each) for each in behind])
+            read = own + project.previous(before) + project.following_projection(following)
+            expected = both[row, t, :32] + project.ctc_projection(read)
+            torch.testing.assert_close(both[row, t, 32:], expected)
 
 
 def test_only_ctc_in_prompt_reads_and_the_ctc_head_learns_from_its_own_loss_alone():

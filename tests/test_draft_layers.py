@@ -105,7 +105,9 @@ def test_they_are_saved_and_loaded(model, tmp_path):
         again = SpeechLlamaForConditionalGeneration.from_pretrained(tmp_path / weights).double()
         assert again.config.draft_layers == 1
         for name, value in model.draft_layers.state_dict().items():
-            assert torch.allclose(again.draft_layers.state_dict()[name], value, atol=1e-6 if weights == "float" else 0.1)
+            assert torch.allclose(
+                again.draft_layers.state_dict()[name], value, atol=1e-6 if weights == "float" else 0.1
+            )
 
 
 def test_they_come_and_go(model):

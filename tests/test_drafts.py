@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from leapasr.decoding.ctc import greedy_ctc, read_ctc
-from leapasr.decoding.drafts import CTCDrafter, MTPDrafter, Reading, build_drafter
+from leapasr.decoding.drafts import LEAD, CTCDrafter, MTPDrafter, Reading, Verdict, build_drafter
 from leapasr.decoding.options import DecodingOptions
 from leapasr.decoding.rejoin import MAX_EDITS, Rejoining
 from leapasr.decoding.trace import DraftToken
@@ -124,12 +124,108 @@ def test_heads_draft_alone_where_ctc_is_lost():
     assert drafted(alone, [60] * 20, guesses) == []
 
 
-@pytest.mark.parametrize(("drafts", "lead"), [("ctc", None), ("both", 0.7), (None, 0.7)])
+@pytest.mark.parametrize(("drafts", "lead"), [("ctc", None), ("both", LEAD), (None, LEAD)])
 def test_options_name_the_drafter(drafts, lead):
     drafter = build_drafter(DecodingOptions(drafts=drafts), reading_of([5]), end_token=END)
     assert isinstance(drafter, CTCDrafter)
     assert drafter.lead == lead
     assert isinstance(build_drafter(DecodingOptions(drafts="mtp"), reading_of([5]), end_token=END), MTPDrafter)
+
+
+class Speaker:
+    """Knows what was said: behind any of its words it goes on from there, whatever stood before; else it babbles."""
+
+    def __init__(self, truth: list[int]):
+        self.next = dict(zip([None, *truth], [*truth, END], strict=True))
+
+    def verdicts(self, emitted: list[int], draft: list[int]) -> list[Verdict]:
+        said = [self.next.get(before, 0) for before in [*([None, *emitted][-1:]), *draft]]
+        known = set(self.next.values())
+        return [
+            Verdict(token, 0.9, 0.9 if token == other else 0.0 if other in known else 0.1)
+            for token, other in zip(said, [*draft, None], strict=True)
+        ]
+
+
+def spoken(truth: list[int], drafter: CTCDrafter, *, review: bool = True) -> tuple[list[int], int]:
+    """What verification emits, and in how many calls."""
+    speaker, emitted, num_calls = Speaker(truth), [], 0
+    while END not in emitted:
+        draft = drafted(drafter, emitted)
+        verdicts = speaker.verdicts(emitted, draft)
+        num_accepted = sum(1 for _ in itertools.takewhile(lambda v: v.chance == 0.9, verdicts[:-1]))
+        if review:
+            drafter.review(verdicts[:-1], num_accepted)
+        emitted += [verdict.token for verdict in verdicts[: num_accepted + 1]]
+        num_calls += 1
+    return emitted[: emitted.index(END)], num_calls
+
+
+@pytest.mark.parametrize(
+    ("read", "corrected"),
+    [
+        ([50, 2, 3, 60, 5, 6, 7, 8], [50, 2, 3, 4, 5, 6, 7, 8]),  # another in its place
+        ([50, 2, 3, 5, 6, 7, 8], [50, 2, 3, 4, 5, 6, 7, 8]),  # missing
+        ([50, 2, 3, 60, 4, 5, 6, 7, 8], [50, 2, 3, 4, 5, 6, 7, 8]),  # too many
+        ([50, 2, 3, 4, 5, 6, 7], [50, 2, 3, 4, 5, 6, 7, 8]),  # the last one missing
+        ([50, 2, 3, 4, 60, 70, 7, 8], [50, 2, 3, 4, 5, 70, 7, 8]),  # two in a row: behind the first, nothing is certain
+    ],
+)
+def test_one_call_corrects_the_reading_behind_its_first_mistake(read, corrected):
+    drafter = CTCDrafter(reading_of(read), end_token=END)
+    draft = drafted(drafter, [])
+    verdicts = Speaker([1, 2, 3, 4, 5, 6, 7, 8]).verdicts([], draft)
+    drafter.review(verdicts[: len(draft)], next(i for i, v in enumerate(verdicts) if v.chance != 0.9))
+    assert [token.token for token in drafter.reading] == drafter.rejoining.reading.tolist() == corrected
+    sources = {token.token: token.source for token in drafter.reading}
+    assert all((source == "ctc") == (token in read) for token, source in sources.items())
+
+
+def test_what_head_1_confirms_is_as_sure_as_head_1_is():
+    drafter = CTCDrafter(reading_of([1, 2, 3, 4]), end_token=END)
+    drafter.propose([], ())
+    drafter.review([Verdict(7, 0.8, 0.2), Verdict(2, 0.7, 0.7), Verdict(3, 0.99, 0.99), Verdict(8, 0.6, 0.2)], 0)
+    assert drafter.reading == [
+        DraftToken(1, 0.9, "ctc"), DraftToken(2, 0.9, "ctc"), DraftToken(3, 0.99, "ctc"), DraftToken(8, 0.6, "jacobi"),
+    ]  # fmt: skip
+
+
+@given(st.lists(st.integers(1, 90), min_size=12, max_size=60, unique=True), st.data())
+def test_single_mistakes_cost_two_more_calls_however_many_there_are(truth, data):
+    read: list[int] = []
+    for place, token in enumerate(truth):
+        kind = data.draw(st.sampled_from(["none", "other", "missing", "too many"])) if place % 4 == 2 else "none"
+        read += {"none": [token], "other": [100 + place], "missing": [], "too many": [100 + place, token]}[kind]
+    emitted, num_calls = spoken(truth, CTCDrafter(reading_of(read), end_token=END))
+    assert emitted == truth
+    assert num_calls <= 3
+
+
+@given(st.lists(st.integers(1, 90), max_size=40, unique=True), st.lists(st.integers(1, 120), max_size=40))
+def test_reviews_never_change_what_is_emitted(truth, read):
+    """A reading that has nothing to do with the text, in the worst case."""
+    drafter = CTCDrafter(reading_of(read), end_token=END)
+    emitted, num_calls = spoken(truth, drafter)
+    assert emitted == truth
+    assert num_calls <= len(truth) + 1
+    assert [token.token for token in drafter.reading] == drafter.rejoining.reading.tolist()
+    assert len(drafter.rejoining.costs) == len(drafter.reading) + 1
+
+
+def test_a_correction_stays_with_the_copy_that_heard_it():
+    drafter = CTCDrafter(reading_of([50, 2, 3, 60]), end_token=END)
+    drafter.propose([], ())
+    other = drafter.copy()
+    other.review(Speaker([1, 2, 3, 4]).verdicts([], [50, 2, 3, 60, END])[:5], 0)
+    assert (drafted(other, [1]), drafted(drafter, [1])) == ([2, 3, 4, END], [2, 3, 60, END])
+
+
+def test_heads_that_led_are_not_of_the_reading():
+    drafter = CTCDrafter(reading_of([1, 2, 3, 50, 5]), end_token=END, lead=0.5)
+    guesses = [DraftToken(90, 0.9, "head2"), DraftToken(2, 0.9, "head3")]
+    assert drafted(drafter, [], guesses) == [90, 2, 3, 50, 5, END]
+    drafter.review(Speaker([1, 2, 3, 4, 5]).verdicts([], [90, 2, 3, 50, 5, END])[:6], 0)
+    assert drafted(drafter, [1]) == [2, 3, 4, 5, END]
 
 
 def test_readings_are_greedy_ctc_with_its_peaks():

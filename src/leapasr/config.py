@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -162,7 +162,7 @@ def tiny(encoder: str | None = None) -> tuple[ModelPreset, tuple[Stage, ...]]:
         fields={
             "encoder_pooling_layer": 4, "encoder_stacking": 1, "decoder_stacking": 1, "adapter_size": 384,
             "adapter_layers": 4, "adapter_attention_heads": 6, "adapter_ffn_size": 1024, "ctc_lookahead": 7,
-            "num_heads": 8, "head_type": "latent",
+            "num_heads": 8, "head_type": "latent", "draft_layers": 2,
         },
     )  # fmt: skip
     light = Augmentation(
@@ -172,16 +172,21 @@ def tiny(encoder: str | None = None) -> tuple[ModelPreset, tuple[Stage, ...]]:
     # little, where Whisper's weights are: its token embeddings are small, and a step of Adam has one size for all
     scales = {
         "encoder.": 0.1, "decoder.": 0.1, "decoder.model.embed_tokens.": 0.01, "decoder.lm_head.": 0.01,
-        "speech_projection.projection.": 0.05, "soft_prompt.": 0.05, "text_positions.": 0.05, "mtp_heads.": 2.0,
+        "speech_projection.projection.": 0.05, "soft_prompt.": 0.05, "text_positions.": 0.05, "draft_layers.": 0.1,
+        "mtp_heads.": 2.0,
     }  # fmt: skip
-    joint = Stage("joint", "joint", updates=3000, batch=65, learning_rate=4e-4, lr_scale=scales, augmentation=light)
     stages = (
         # CTC leaves its all-blank plateau after 100 updates; the encoder must not move before that
         Stage("ctc", "ctc", updates=400, batch=65, learning_rate=1e-3, warmup=40, frozen_encoder_layers=None,
               lr_scale={"ctc_head.": 0.3}),
-        # until further heads have learnt what comes when, they must not pull at what head 1 knows
-        replace(joint, name="settle", updates=300, warmup=50, final_lr=1.0, averaging=0.98, head_weights=0.01),
-        joint,
+        # Whisper gets used to short inputs; until further heads know what comes when, they must not pull at head 1
+        Stage("settle", "joint", updates=300, batch=65, learning_rate=4e-4, warmup=50, final_lr=1.0, averaging=0.98,
+              lr_scale=scales, head_weights=0.01, augmentation=light),
+        # from here on head 1, and all that it hears through, stays as it is
+        Stage("reading", "ctc", updates=3000, batch=65, learning_rate=7e-4, warmup=50, final_lr=0.1, averaging=0.995,
+              frozen_encoder_layers=None, augmentation=light),
+        Stage("heads", "heads", updates=1500, batch=65, learning_rate=1e-3, warmup=50, final_lr=0.1, averaging=0.995,
+              lr_scale={"draft_layers.": 0.4, "mtp_heads.": 0.8}, augmentation=light),
     )  # fmt: skip
     return model, stages
 

@@ -13,7 +13,7 @@ from leapasr.decoding.trace import TokenRecord, accept_length_histogram
 from leapasr.model.processing import SpeechLlamaProcessor
 from leapasr.transcription import Segment, Transcription
 
-STYLES = {"head1": "bold", "bonus": "bold", "ctc": "green", "beam": "magenta"}  # heads 2..K: cyan
+STYLES = {"head1": "bold", "bonus": "bold", "ctc": "green", "jacobi": "yellow", "beam": "magenta"}  # heads 2..K: cyan
 BOUNDARY = "│"
 
 

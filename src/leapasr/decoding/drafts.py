@@ -16,7 +16,22 @@ from leapasr.decoding.options import DecodingOptions
 from leapasr.decoding.rejoin import Rejoining
 from leapasr.decoding.trace import DraftToken
 
-LEAD = 0.7  # least probability at which a head's guess goes before CTC's tokens
+POSSIBLE = 0.005  # least probability with which head 1 finds a drafted token possible at its place
+LEAD = 0.95  # least probability at which a head's guess goes before CTC's tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What head 1 says at the place of a drafted token, given the draft before it.
+
+    Attributes:
+        token: what it would write there, and with what `probability`.
+        chance: its probability of the drafted token.
+    """
+
+    token: int
+    probability: float
+    chance: float
 
 
 class Drafter(Protocol):
@@ -30,6 +45,14 @@ class Drafter(Protocol):
         Args:
             emitted: the row's tokens so far; none before the prefill.
             guesses: what heads 2..K say comes next, one token each; none before the prefill.
+        """
+
+    def review(self, verdicts: Sequence[Verdict], num_accepted: int) -> None:
+        """Hear what head 1 says of the last proposal, for the next one.
+
+        Args:
+            verdicts: on each proposed token; fewer, where the loop cut the proposal.
+            num_accepted: so many proposed tokens stand. What is said behind the next one is given a wrong prefix.
         """
 
     def copy(self) -> Drafter:
@@ -50,12 +73,20 @@ class MTPDrafter:
     def propose(self, emitted: Sequence[int], guesses: Sequence[DraftToken]) -> Sequence[DraftToken]:
         return guesses
 
+    def review(self, verdicts: Sequence[Verdict], num_accepted: int) -> None:
+        """The heads' next guesses are new ones."""
+
     def copy(self) -> MTPDrafter:
         return self
 
 
 class CTCDrafter:
     """All that CTC read behind what was emitted, end-of-text included, re-joined after each of its mistakes.
+
+    The call that finds the first mistake of a draft also says what head 1 would write at every place behind it: given
+    a prefix that is not quite the text's, but the same speech. So the reading is corrected wherever else head 1
+    disagrees with it (source ``jacobi``: as in Jacobi decoding, Santilli et al., arXiv 2305.10427), and the mistakes
+    of a whole utterance cost a few calls, not one each.
 
     Args:
         reading: CTC's greedy tokens.
@@ -65,8 +96,11 @@ class CTCDrafter:
     """
 
     def __init__(self, reading: Reading, *, end_token: int, lead: float | None = None):
-        self.reading, self.end_token, self.lead = reading, end_token, lead
+        self.end_token, self.lead = end_token, lead
+        self.reading = [DraftToken(*read, "ctc") for read in zip(reading.tokens, reading.probabilities, strict=True)]
         self.rejoining = Rejoining(reading.tokens)
+        self._proposed: list[DraftToken] = []
+        self._num_first = self._place = 0  # in the last proposal: tokens of the heads, and where the reading went on
 
     def propose(self, emitted: Sequence[int], guesses: Sequence[DraftToken]) -> Sequence[DraftToken]:
         self.rejoining.follow(emitted)
@@ -79,19 +113,43 @@ class CTCDrafter:
                 rejoining = rejoining.copy()
                 for guess in first:
                     rejoining.advance(guess.token)
+        self._num_first, self._place = len(first), rejoining.place
         if rejoining.is_lost or (first and first[-1].token == self.end_token):
-            return first
-        place = rejoining.place
-        rest = zip(self.reading.tokens[place:], self.reading.probabilities[place:], strict=True)
-        return [
-            *first,
-            *(DraftToken(token, probability, "ctc") for token, probability in rest),
-            DraftToken(self.end_token, 1.0, "ctc"),
-        ]
+            self._proposed = first
+        else:
+            self._proposed = [*first, *self.reading[rejoining.place :], DraftToken(self.end_token, 1.0, "ctc")]
+        return self._proposed
+
+    def review(self, verdicts: Sequence[Verdict], num_accepted: int) -> None:
+        said = list(zip(self._proposed, verdicts, strict=False))
+        agrees = [drafted.token == verdict.token for drafted, verdict in said]
+        # the token that was not accepted is left to re-joining, which knows what stands there instead
+        for place in reversed(range(max(num_accepted + 1, self._num_first), len(said))):
+            drafted, verdict = said[place]
+            index = self._place + place - self._num_first
+            if verdict.token == self.end_token or not agrees[place - 1]:
+                continue  # right behind a wrong token, what is said goes on from that
+            if agrees[place]:
+                self._correct(index, [drafted._replace(probability=verdict.probability)])
+                continue
+            correction = DraftToken(verdict.token, verdict.probability, "jacobi")
+            goes_on = agrees[place + 1 : place + 2] == [True]
+            if [verdict.token] == [following.token for following in self._proposed[place + 1 : place + 2]]:
+                self._correct(index, [])  # one too many
+            elif verdict.chance < POSSIBLE and goes_on:
+                self._correct(index, [correction, drafted])  # one is missing
+            else:
+                self._correct(index, [correction])
+
+    def _correct(self, index: int, instead: list[DraftToken]) -> None:
+        """Put these tokens in the place of one of the reading; end-of-text is not of the reading, and stays."""
+        kept = [token for token in instead if token.token != self.end_token]
+        self.reading[index : index + 1] = kept
+        self.rejoining.edit(index, [token.token for token in kept])
 
     def copy(self) -> CTCDrafter:
         other = copy(self)
-        other.rejoining = self.rejoining.copy()
+        other.reading, other.rejoining = self.reading.copy(), self.rejoining.copy()
         return other
 
 

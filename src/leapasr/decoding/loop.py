@@ -11,6 +11,7 @@ Shapes: B rows, L prompt positions, W step width, R positions read by head 1, J 
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 from leapasr.decoding.cache import RaggedCache
 from leapasr.decoding.costs import FREE, CallCosts, num_worth_drafting
-from leapasr.decoding.drafts import Drafter, MTPDrafter
+from leapasr.decoding.drafts import Drafter, MTPDrafter, Verdict
 from leapasr.decoding.guards import Guards, guard_rows
 from leapasr.decoding.interface import Decoder, Prompts
 from leapasr.decoding.options import DecodingOptions, DecodingResult, Truncation
@@ -72,22 +73,36 @@ class _Reading(NamedTuple):
     Attributes:
         tokens: head 1's choices, after the last pending token and after each drafted one.
         log_probabilities: of these, natural logs.
+        chances: head 1's probabilities of the drafted tokens.
         num_accepted: drafted tokens that head 1 agrees with, before the first that it does not.
         guesses: of heads 2..K, behind `tokens[num_accepted]`.
     """
 
     tokens: list[int]
     log_probabilities: list[float]
+    chances: list[float]
     num_accepted: int
     guesses: list[DraftToken]
 
+    @property
+    def verdicts(self) -> list[Verdict]:
+        """On each drafted token."""
+        return [
+            Verdict(token, math.exp(log_probability), chance)
+            for token, log_probability, chance in zip(self.tokens, self.log_probabilities, self.chances, strict=False)
+        ]
+
     @classmethod
     def parse(cls, line: list[float], R: int, G: int) -> _Reading:
-        """Read a line of 1 + R + R + G + G numbers: accepted, tokens, their logs, guesses, their probabilities."""
-        guesses, probabilities = line[1 + 2 * R : 1 + 2 * R + G], line[1 + 2 * R + G :]
+        """Read a line of 1 + R + R + R − 1 + G + G numbers.
+
+        They are: accepted, tokens, their logs, chances of the drafted ones, guesses, their probabilities.
+        """
+        guesses, probabilities = line[3 * R : 3 * R + G], line[3 * R + G :]
         return cls(
             tokens=[int(token) for token in line[1 : 1 + R]],
             log_probabilities=line[1 + R : 1 + 2 * R],
+            chances=line[1 + 2 * R : 3 * R],
             num_accepted=int(line[0]),
             guesses=[
                 DraftToken(int(token), probability, f"head{k}")
@@ -106,6 +121,12 @@ def best_tokens(logits: Tensor) -> tuple[Tensor, Tensor]:
     tokens = logits.argmax(-1)  # before any cast, for ties to fall as in transformers' greedy search
     scores = as_scores(logits)
     return tokens, scores.gather(-1, tokens[..., None])[..., 0] - scores.logsumexp(-1)
+
+
+def _probabilities(logits_BJV: Tensor, draft_BJ: Tensor, tokens_BJ: Tensor, log_probs_BJ: Tensor) -> Tensor:
+    """Probabilities (B, J) of the drafted tokens, from those of head 1's best; of padding (-1) anything."""
+    of_both = logits_BJV.gather(-1, torch.stack([draft_BJ.clamp(min=0), tokens_BJ], -1))
+    return (log_probs_BJ + as_scores(of_both).diff(dim=-1)[..., 0].neg()).exp()
 
 
 def _with_drafted(
@@ -240,6 +261,7 @@ class DecodingLoop:
             self._gain += (1 + sum(reading.num_accepted for reading in readings) / len(rows) - self._gain) / 8
         for row, draft, reading in zip(rows, drafts, readings, strict=True):
             row.num_calls += 1
+            row.drafter.review(reading.verdicts[: len(draft)], reading.num_accepted)
             self._emit(row, draft, reading)
         cache.commit([known + reading.num_accepted for known, reading in zip(num_known, readings, strict=True)])
 
@@ -316,9 +338,10 @@ class DecodingLoop:
         tokens_BR, log_probs_BR = best_tokens(logits_BRV)
         stands_BJ = self.strategy.agrees(draft_BJ, tokens_BR[:, :-1], logits_BRV[:, :-1]).long().cumprod(-1)
         num_accepted_B = stands_BJ.sum(-1)
+        chances_BJ = _probabilities(logits_BRV[:, :-1], draft_BJ, tokens_BR[:, :-1], log_probs_BR[:, :-1])
         if self.strategy.accepts_other_tokens:
             tokens_BR, log_probs_BR = _with_drafted(tokens_BR, log_probs_BR, logits_BRV, draft_BJ, stands_BJ.bool())
-        columns = [num_accepted_B[:, None], tokens_BR, log_probs_BR]
+        columns = [num_accepted_B[:, None], tokens_BR, log_probs_BR, chances_BJ]
 
         G = self.strategy.num_guesses
         if G:

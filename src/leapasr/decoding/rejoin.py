@@ -30,7 +30,7 @@ class Rejoining:
 
     def copy(self) -> Rejoining:
         """One that goes its own way from here."""
-        other = copy(self)  # `advance` replaces the costs and changes only `_recent` in place
+        other = copy(self)  # of its parts, only `_recent` is changed in place
         other._recent = self._recent.copy()
         return other
 
@@ -57,6 +57,13 @@ class Rejoining:
         found = ending if len(ending) else cheapest
         self.place = int(found[np.abs(found - (self.place + 1)).argmin()])
         self._recent.append(int(self.costs.min()))
+
+    def edit(self, index: int, tokens: Sequence[int]) -> None:
+        """Put other tokens in the place of one that the text has not come to yet, or behind the last."""
+        self.reading = np.concatenate([self.reading[:index], tokens, self.reading[index + 1 :]]).astype(np.int64)
+        before, behind = self.costs[: index + 1], self.costs[index + 2 :]
+        unmet = before[-1] + 1 + np.arange(len(tokens))
+        self.costs = np.concatenate([before, unmet, behind + (len(tokens) - 1)])
 
     @property
     def is_lost(self) -> bool:

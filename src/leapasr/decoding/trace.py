@@ -22,7 +22,7 @@ class TokenRecord(NamedTuple):
         token: its id; end-of-text has a record too.
         step: the row's decoder call that emitted it, counted from 0, the prefill.
         source: ``head1`` (next-token head), ``bonus`` (next-token head, behind a verified draft) or the name of the
-            draft source whose token was accepted or trusted.
+            draft source whose token was accepted or trusted (``head2``, ..., ``ctc``, ``jacobi``).
         draft_probability: the draft source's probability of it; None for ``head1`` and ``bonus``.
         log_probability: head 1's natural-log probability of it; None if trusted without verification.
         rejected: the draft token that stood here and that head 1 replaced; None if there was none.

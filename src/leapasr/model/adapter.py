@@ -165,7 +165,7 @@ class SpeechProjection(nn.Module):
             expected = posterior.to(token_embeddings_VD.dtype) @ token_embeddings_VD
         else:
             expected = nn.functional.embedding(ids_BT, token_embeddings_VD)  # small, beside encoder frames
-            expected = nn.functional.rms_norm(expected, expected.shape[-1:]) * (ids_BT != self.blank)[..., None]
+            expected = nn.functional.rms_norm(expected, expected.shape[-1:])
         stacked, _ = stack_frames(self.read_tokens(expected, ids_BT), lengths_B, self.stacking)
         B, T, _ = stacked.shape
         read = stacked.view(B, T, self.stacking, -1).sum(2)
@@ -176,17 +176,20 @@ class SpeechProjection(nn.Module):
 
         Args:
             read_BTD: embedding of what is read (B, T, D). ids_BT: the token that it is (B, T), or blank, which
-                gets nothing. A run of one token counts as one reading, as CTC has it.
+                gets nothing, or, in a memory, what the last token before it gets: attention to frames looks at all
+                of a word. A run of one token counts as one reading, as CTC has it.
 
         Without `ctc_in_prompt` there are no such matrices, and what is read stays as it is.
         """
         if self.previous is None:
             return read_BTD
-        offsets = [-1, *range(1, self.lookahead + 1)]
-        places_BTO, exists_BTO = neighbouring_readings(ids_BT, offsets, blank=self.blank)
-        result = read_BTD + self.previous(_gather(read_BTD, places_BTO[..., :1], exists_BTO[..., :1]))
+        offsets = [0, -1, *range(1, self.lookahead + 1)]
+        everywhere = self.config.speech_as_memory
+        places_BTO, exists_BTO = neighbouring_readings(ids_BT, offsets, blank=self.blank, everywhere=everywhere)
+        own_BTD = _gather(read_BTD, places_BTO[..., :1], exists_BTO[..., :1]) if everywhere else read_BTD
+        result = own_BTD + self.previous(_gather(read_BTD, places_BTO[..., 1:2], exists_BTO[..., 1:2]))
         if self.lookahead:
-            following = _gather(self.following(read_BTD), places_BTO[..., 1:], exists_BTO[..., 1:])
+            following = _gather(self.following(read_BTD), places_BTO[..., 2:], exists_BTO[..., 2:])
             result = result + self.following_projection(following)
         return result
 
@@ -197,16 +200,19 @@ def begins(ids_BT: Tensor, blank: int) -> Tensor:
     return (ids_BT != blank) & (ids_BT != before_BT)
 
 
-def neighbouring_readings(ids_BT: Tensor, offsets: Sequence[int], *, blank: int) -> tuple[Tensor, Tensor]:
+def neighbouring_readings(
+    ids_BT: Tensor, offsets: Sequence[int], *, blank: int, everywhere: bool = False
+) -> tuple[Tensor, Tensor]:
     """Where CTC's tokens around each frame begin, by its collapsing rule.
 
     Args:
         ids_BT: best token of each frame (B, T), runs and blanks included.
         offsets: O distances in tokens from that of the frame: −1 is the token before it, 1 the one behind it.
+        everywhere: count blanks to the token before them; else there is nothing around them.
 
     Returns:
         (B, T, O) frame at which the run of that token begins, 0 where there is none; and (B, T, O) whether there is
-        one: never at a blank.
+        one.
     """
     token_BT, begins_BT = ids_BT != blank, begins(ids_BT, blank)
     run_BT = begins_BT.cumsum(1) - 1  # the run that a frame lies in, or that ended last
@@ -215,7 +221,7 @@ def neighbouring_readings(ids_BT: Tensor, offsets: Sequence[int], *, blank: int)
     begin_BR = torch.zeros_like(nn.functional.pad(ids_BT, (0, 1)))
     begin_BR = begin_BR.scatter(1, torch.where(begins_BT, run_BT, last), frame_BT)
     wanted_BTO = run_BT[..., None] + torch.tensor(list(offsets), device=ids_BT.device)
-    exists_BTO = token_BT[..., None] & (wanted_BTO >= 0) & (wanted_BTO <= run_BT[:, -1:, None])
+    exists_BTO = (token_BT | everywhere)[..., None] & (wanted_BTO >= 0) & (wanted_BTO <= run_BT[:, -1:, None])
     places = begin_BR.gather(1, wanted_BTO.clamp(0, last - 1).flatten(1)).view_as(wanted_BTO)
     return torch.where(exists_BTO, places, 0), exists_BTO
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, PreTrainedModel
+from transformers import AutoModel
 
 from leapasr.model.configuration import SpeechLlamaConfig
 
@@ -49,18 +49,18 @@ class DraftLayers(nn.Module):
         if getattr(config, "layer_types", None):
             config.layer_types = config.layer_types[self.branching :]
         config.vocab_size, config.pad_token_id = 1, None
-        self.body: PreTrainedModel = AutoModel.from_config(config)
-        self.body.embed_tokens = None  # type: ignore[assignment]  # they begin with hidden states
+        self.body: Any = AutoModel.from_config(config)
+        self.body.embed_tokens = None  # they begin with hidden states
         for place, layer in enumerate(self.body.layers):
             layer.self_attn.layer_idx = num_decoder_layers + place
             if self.branching + place in model_config.attention_only:
                 leave_out_feed_forward([layer])
 
     @torch.no_grad()
-    def reset_from(self, decoder_body: nn.Module) -> None:
+    def reset_from(self, decoder_body: Any) -> None:
         """Take the weights of the decoder's last layers and norm: heads then read what head 1 reads."""
-        self.body.layers.load_state_dict(decoder_body.layers[self.branching :].state_dict())  # type: ignore[index]
-        self.body.norm.load_state_dict(decoder_body.norm.state_dict())  # type: ignore[union-attr]
+        self.body.layers.load_state_dict(decoder_body.layers[self.branching :].state_dict())
+        self.body.norm.load_state_dict(decoder_body.norm.state_dict())
 
     def forward(self, hidden_BWD: Tensor, **inputs: Any) -> Tensor:
         """Last hidden states (B, W, D) for heads 2..K, from the decoder's hidden states at the branch."""

@@ -37,7 +37,8 @@ class SpeechEncoding:
     """What the speech side gives for a batch.
 
     ctc_logits_BTV (B, T, V) at `model.ctc_frame_rate` frames a second with lengths ctc_lengths_B (B,);
-    embeddings_BLD (B, L, D) for the decoder's prompt or memory ((B, L, 2D) where draft layers remember others) with lengths lengths_B (B,) and positions positions_BL (B, L).
+    embeddings_BLD (B, L, D) for the decoder's prompt or memory ((B, L, 2D) where draft layers remember others) with
+    lengths lengths_B (B,) and positions positions_BL (B, L).
     """
 
     ctc_logits_BTV: Tensor
@@ -264,9 +265,9 @@ class SpeechLlamaForConditionalGeneration(PreTrainedModel):
         positions = join_positions(encoding.positions_BL, encoding.lengths_B, prompt.shape[1])
         return prompt, encoding.lengths_B + begin_BND.shape[1], positions
 
-    def _layers_with_memory(self) -> Iterator[nn.Module]:
+    def _layers_with_memory(self) -> Iterator[Any]:
         """The decoder's layers, and the draft layers, in the order of their places in the cache."""
-        yield from self.decoder.model.layers
+        yield from self.decoder.base_model.layers  # type: ignore[misc]
         if self.draft_layers is not None:
             yield from self.draft_layers.body.layers
 

@@ -104,7 +104,9 @@ def prepare(
     texts = passages((p for path in text for p in read_paragraphs(path)), seed=seed)
     if text and not texts:
         raise ValueError(f"no usable passage in {', '.join(map(str, text))}: prose is needed, a paragraph a line")
-    heads = {"num_heads": num_heads, "head_type": head_type, "draft_layers": draft_layers}
+    heads: dict[str, Any] = {"num_heads": num_heads, "head_type": head_type, "draft_layers": draft_layers}
+    if num_heads == 1:
+        heads["draft_layers"] = 0
     if initial_model is not None:
         model, processor = load_initial(initial_model)
         set_heads(model, **heads, seed=seed)
