@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, MistralConfig, Qwen3Config
 
 from leapasr.decoding import CausalLMDecoder, DecodingLoop, DecodingOptions, Prompts, SpeechLlamaDecoder, decode
-from leapasr.decoding.drafts import Reading, build_drafter
+from leapasr.decoding.drafts import CTCDrafter, Reading, build_drafter
 from leapasr.decoding.guards import guard_rows
 from leapasr.decoding.reference import decode_reference, full_forward
 from leapasr.decoding.strategies import Threshold, Verification
@@ -65,6 +65,9 @@ class ScriptedDrafter:
             return []
         right = self.script[len(emitted) : len(emitted) + self.num_drafts]
         return [DraftToken(self.corrupt(token, j), 0.5, f"script{j}") for j, token in enumerate(right)]
+
+    def review(self, verdicts, num_accepted):
+        pass
 
     def copy(self):
         return self
@@ -160,8 +163,9 @@ def test_verification_of_readings_is_exact(decoder, prompts, references, kind, d
         assert set(ended) == {1}
 
 
-def test_a_reading_with_one_mistake_costs_two_calls(decoder, prompts, references):
-    """Behind the mistake the draft goes on where the reading goes on."""
+def test_a_reading_with_one_mistake_costs_two_calls(decoder, prompts, references, monkeypatch):
+    """Behind the mistake the draft goes on where the reading goes on, if what random weights say of it is not heard."""
+    monkeypatch.setattr(CTCDrafter, "review", lambda *verdicts: None)
     options = replace(VERIFY, drafts="ctc")
     rows = [n for n, result in enumerate(references) if result.truncated is None and len(result.tokens) > 4]
     assert rows
@@ -280,11 +284,19 @@ def test_verification_is_exact_under_any_guards(decoder, seed, num_rows, num_dra
 
 
 class RecordingDrafter(ScriptedDrafter):
-    """Keeps the guesses it is shown, by the number of tokens before them."""
+    """Keeps the guesses it is shown, by the number of tokens before them, and the verdicts on its proposals."""
+
+    def __init__(self, *args, **fields):
+        super().__init__(*args, **fields)
+        self.seen, self.proposed, self.reviews = {}, [], []
 
     def propose(self, emitted, guesses):
-        self.__dict__.setdefault("seen", {})[len(emitted)] = list(guesses)
-        return super().propose(emitted, guesses)
+        self.seen[len(emitted)] = list(guesses)
+        self.proposed = super().propose(emitted, guesses)
+        return self.proposed
+
+    def review(self, verdicts, num_accepted):
+        self.reviews.append((max(self.seen), self.proposed, verdicts, num_accepted))
 
 
 @pytest.mark.parametrize("head_type", ["latent", "sequential"])
@@ -305,6 +317,27 @@ def test_heads_guess_from_the_last_accepted_position(build_tiny_model, head_type
             assert [guess.token for guess in guesses] == ids.tolist()
             assert [guess.probability for guess in guesses] == pytest.approx(probabilities.tolist(), abs=1e-5)
             assert [guess.source for guess in guesses] == ["head2", "head3", "head4"]
+
+
+@pytest.mark.parametrize("kind", ["right", "mixed", "wrong", "end inside"])
+def test_verdicts_are_what_a_full_forward_says_along_the_draft(build_tiny_model, kind):
+    decoder, prompts = SpeechLlamaDecoder(build_tiny_model()), make_prompts(6)
+    references = decode_reference(decoder, prompts, VERIFY, max_tokens=[MAX_TOKENS] * 6)
+    drafters = [RecordingDrafter(d.script, 5, d.corrupt) for d in scripted(references, kind)]
+    decode(decoder, prompts, VERIFY, max_tokens=[MAX_TOKENS] * 6, drafters=drafters)
+    assert sum(len(verdicts) for drafter in drafters for _, _, verdicts, _ in drafter.reviews) > 20
+    for row, drafter in enumerate(drafters):
+        for num_emitted, proposed, verdicts, num_accepted in drafter.reviews:
+            draft = [token.token for token in proposed]
+            assert len(verdicts) <= len(draft)
+            agrees = [verdict.token == token for verdict, token in zip(verdicts, draft, strict=False)]
+            assert num_accepted == [*agrees, False].index(False)
+            for place, verdict in enumerate(verdicts):
+                hidden_LD = full_hidden(decoder, prompts, row, drafter.script[:num_emitted] + draft[:place])
+                probabilities = decoder.logits(hidden_LD[-1]).softmax(-1)
+                assert verdict.token == int(probabilities.argmax())
+                assert verdict.probability == pytest.approx(float(probabilities.max()), abs=1e-5)
+                assert verdict.chance == pytest.approx(float(probabilities[draft[place]]), abs=1e-5)
 
 
 # Contract 2: threshold decoding, against a full forward per block.

@@ -71,6 +71,20 @@ def test_one_mistake_is_stepped_over(reading, data):
         assert rejoined(reading[:count], reading).place == count
 
 
+@given(st.lists(st.integers(1, 1000), min_size=1, max_size=20, unique=True), st.data())
+def test_what_is_still_to_come_of_a_reading_is_edited(reading, data):
+    num_emitted = data.draw(st.integers(0, len(reading)))
+    rejoining = rejoined(reading[:num_emitted], reading)
+    edited = list(reading)
+    for _ in range(3):
+        index = data.draw(st.integers(num_emitted, len(edited)))
+        instead = data.draw(st.lists(st.integers(2000, 3000), max_size=3))
+        edited[index : index + 1] = instead
+        rejoining.edit(index, instead)
+    assert rejoining.reading.tolist() == edited
+    assert rejoining.costs.tolist() == edit_distances(reading[:num_emitted], edited)
+
+
 def test_what_has_nothing_to_do_with_the_reading_is_lost():
     rejoining = rejoined(list(range(1, 21)), list(range(1, 41)))
     assert not rejoining.is_lost
@@ -179,6 +193,15 @@ def test_one_call_corrects_the_reading_behind_its_first_mistake(read, corrected)
     assert [token.token for token in drafter.reading] == drafter.rejoining.reading.tolist() == corrected
     sources = {token.token: token.source for token in drafter.reading}
     assert all((source == "ctc") == (token in read) for token, source in sources.items())
+
+
+@pytest.mark.parametrize(("chance", "corrected"), [(0.4, [50, 2, 3, 5, 6]), (0.0, [50, 2, 3, 4, 5, 6])])
+def test_a_token_that_could_stand_there_was_misheard_and_one_that_could_not_comes_later(chance, corrected):
+    drafter = CTCDrafter(reading_of([50, 2, 4, 5, 6]), end_token=END)
+    drafter.propose([], ())
+    sure = [Verdict(token, 0.9, 0.9) for token in (2, 5, 6)]
+    drafter.review([Verdict(1, 0.9, 0.1), sure[0], Verdict(3, 0.6, chance), *sure[1:]], 0)
+    assert [token.token for token in drafter.reading] == corrected
 
 
 def test_what_head_1_confirms_is_as_sure_as_head_1_is():

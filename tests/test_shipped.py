@@ -58,18 +58,18 @@ def test_it_hears_the_samples(transcriber):
     assert all(segment.truncated is None for result in results for segment in result.segments)
 
 
-@pytest.mark.parametrize("drafts", ["mtp", "ctc", "both"])
-def test_verification_writes_what_autoregression_writes_in_fewer_calls(transcriber, batch, drafts):
+@pytest.mark.parametrize(("drafts", "reduction"), [("mtp", 1.5), ("ctc", 2), ("both", 2)])
+def test_verification_writes_what_autoregression_writes_in_fewer_calls(transcriber, batch, drafts, reduction):
     verify = DecodingOptions(strategy="verify", drafts=drafts, draft_length=None if drafts == "mtp" else "full")
     plain, verified = (transcriber.decode(batch, options).results for options in (AUTOREGRESSIVE, verify))
     reference = decode_reference(transcriber.decoder, batch.prompts, AUTOREGRESSIVE, max_tokens=batch.max_tokens)
     assert [result.tokens for result in plain] == [result.tokens for result in reference]
     assert [result.tokens for result in verified] == [result.tokens for result in reference]
-    assert sum(result.num_calls for result in verified) < sum(result.num_calls for result in plain) / 2
+    assert sum(result.num_calls for result in verified) < sum(result.num_calls for result in plain) / reduction
 
 
-@pytest.mark.parametrize("drafts", ["mtp", "both"])
-def test_a_beam_is_the_textbooks_in_fewer_calls(transcriber, batch, drafts):
+@pytest.mark.parametrize(("drafts", "reduction"), [("mtp", 1.3), ("both", 1.5)])
+def test_a_beam_is_the_textbooks_in_fewer_calls(transcriber, batch, drafts, reduction):
     options = DecodingOptions(strategy="beam", drafts=drafts, nbest=2)
     results = transcriber.decode(batch, options).results
     expected = beam_reference(transcriber.decoder, batch.prompts, options, max_tokens=batch.max_tokens)
@@ -77,7 +77,7 @@ def test_a_beam_is_the_textbooks_in_fewer_calls(transcriber, batch, drafts):
         assert [each.tokens for each in result.hypotheses] == [each.tokens for each in hypotheses]
         scores = [each.score for each in hypotheses]
         assert [each.score for each in result.hypotheses] == pytest.approx(scores, abs=1e-2)
-        assert 2 * result.num_calls < len(result.trace)
+        assert reduction * result.num_calls < len(result.trace)
 
 
 def test_a_recording_alone_gives_what_it_gives_in_a_batch(transcriber, batch):
