@@ -271,7 +271,7 @@ def test_the_preset_trains_it(tmp_path, monkeypatch):
     manifest.write_text("".join(json.dumps(line) + "\n" for line in lines))
     folder = train(
         "tiny", output=tmp_path / "training", manifests=[str(manifest)], encoder=str(tmp_path),
-        text=[tmp_path / "prose.txt"],        precision="fp32", compile=False, num_workers=0,
+        text=[tmp_path / "prose.txt"], precision="fp32", compile=False, num_workers=0,
     )  # fmt: skip
     trained, before = (
         SpeechLlamaForConditionalGeneration.from_pretrained(path) for path in (folder, tmp_path / "training" / "ctc")

@@ -153,6 +153,12 @@ def small_llama(vocab_size: int, *, size: int, layers: int, ffn: int, heads: int
     )
 
 
+LIGHT = Augmentation(
+    speed=0.5, noise=0.15, reverberation=0.05, num_time_masks=2, max_time_mask=0.25, num_feature_masks=1,
+    max_feature_mask=15,
+)  # fmt: skip
+
+
 def tiny(encoder: str | None = None) -> tuple[ModelPreset, tuple[Stage, ...]]:
     """What ships: a pretrained Whisper (`encoder`; tiny.en), its decoder rewritten as a LLaMA, K = 8."""
     model = ModelPreset(
@@ -164,10 +170,6 @@ def tiny(encoder: str | None = None) -> tuple[ModelPreset, tuple[Stage, ...]]:
             "adapter_layers": 4, "adapter_attention_heads": 6, "adapter_ffn_size": 1024, "ctc_lookahead": 7,
             "num_heads": 8, "head_type": "latent", "draft_layers": 2,
         },
-    )  # fmt: skip
-    light = Augmentation(
-        speed=0.5, noise=0.15, reverberation=0.05, num_time_masks=2, max_time_mask=0.25, num_feature_masks=1,
-        max_feature_mask=15,
     )  # fmt: skip
     # little, where Whisper's weights are: its token embeddings are small, and a step of Adam has one size for all
     scales = {
@@ -181,12 +183,12 @@ def tiny(encoder: str | None = None) -> tuple[ModelPreset, tuple[Stage, ...]]:
               lr_scale={"ctc_head.": 0.3}),
         # Whisper gets used to short inputs; until further heads know what comes when, they must not pull at head 1
         Stage("settle", "joint", updates=300, batch=65, learning_rate=4e-4, warmup=50, final_lr=1.0, averaging=0.98,
-              lr_scale=scales, head_weights=0.01, augmentation=light),
+              lr_scale=scales, head_weights=0.01, augmentation=LIGHT),
         # from here on head 1, and all that it hears through, stays as it is
         Stage("reading", "ctc", updates=3000, batch=65, learning_rate=7e-4, warmup=50, final_lr=0.1, averaging=0.995,
-              frozen_encoder_layers=None, augmentation=light),
+              frozen_encoder_layers=None, augmentation=LIGHT),
         Stage("heads", "heads", updates=1500, batch=65, learning_rate=1e-3, warmup=50, final_lr=0.1, averaging=0.995,
-              lr_scale={"draft_layers.": 0.4, "mtp_heads.": 0.8}, augmentation=light),
+              lr_scale={"draft_layers.": 0.4, "mtp_heads.": 0.8}, augmentation=LIGHT),
     )  # fmt: skip
     return model, stages
 
@@ -203,10 +205,6 @@ def scratch(encoder: str | None = None) -> tuple[ModelPreset, tuple[Stage, ...]]
             "head_type": "latent",
         },
     )  # fmt: skip
-    light = Augmentation(
-        speed=0.5, noise=0.15, reverberation=0.05, num_time_masks=2, max_time_mask=0.25, num_feature_masks=1,
-        max_feature_mask=15,
-    )  # fmt: skip
     stages = (
         Stage("language", "language", updates=1000, batch=8192, learning_rate=1.5e-3),
         Stage("text", "text", updates=900, batch=3000, learning_rate=1e-3, slips=0.1, augmentation=NO_AUGMENTATION),
@@ -214,11 +212,11 @@ def scratch(encoder: str | None = None) -> tuple[ModelPreset, tuple[Stage, ...]]
         Stage("ctc", "ctc", updates=320, batch=65, learning_rate=1e-3, warmup=40, frozen_encoder_layers=None),
         Stage(
             "encoder", "ctc", updates=3000, batch=65, learning_rate=4e-4, final_lr=0.8, frozen_encoder_layers=2,
-            lr_scale={"encoder.": 0.4}, augmentation=light,
+            lr_scale={"encoder.": 0.4}, augmentation=LIGHT,
         ),
         Stage(
             "joint", "joint", updates=6000, batch=65, learning_rate=4e-4, frozen_encoder_layers=2,
-            lr_scale={"encoder.": 0.4, "speech_projection.projection.": 0.3}, slips=0.1, augmentation=light,
+            lr_scale={"encoder.": 0.4, "speech_projection.projection.": 0.3}, slips=0.1, augmentation=LIGHT,
         ),
     )  # fmt: skip
     return model, stages

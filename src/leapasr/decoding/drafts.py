@@ -133,10 +133,10 @@ class CTCDrafter:
                 self._correct(index, [drafted._replace(probability=verdict.probability)])
                 continue
             correction = DraftToken(verdict.token, verdict.probability, "jacobi")
-            goes_on = agrees[place + 1 : place + 2] == [True]
-            if [verdict.token] == [following.token for following in self._proposed[place + 1 : place + 2]]:
+            behind = place + 1
+            if behind < len(self._proposed) and verdict.token == self._proposed[behind].token:
                 self._correct(index, [])  # one too many
-            elif verdict.chance < POSSIBLE and goes_on:
+            elif verdict.chance < POSSIBLE and behind < len(said) and agrees[behind]:
                 self._correct(index, [correction, drafted])  # one is missing
             else:
                 self._correct(index, [correction])

@@ -123,20 +123,10 @@ def best_tokens(logits: Tensor) -> tuple[Tensor, Tensor]:
     return tokens, scores.gather(-1, tokens[..., None])[..., 0] - scores.logsumexp(-1)
 
 
-def _probabilities(logits_BJV: Tensor, draft_BJ: Tensor, tokens_BJ: Tensor, log_probs_BJ: Tensor) -> Tensor:
-    """Probabilities (B, J) of the drafted tokens, from those of head 1's best; of padding (-1) anything."""
-    of_both = logits_BJV.gather(-1, torch.stack([draft_BJ.clamp(min=0), tokens_BJ], -1))
-    return (log_probs_BJ + as_scores(of_both).diff(dim=-1)[..., 0].neg()).exp()
-
-
-def _with_drafted(
-    tokens_BR: Tensor, log_probs_BR: Tensor, logits_BRV: Tensor, draft_BJ: Tensor, stands_BJ: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Head 1's tokens and their log-probabilities (B, R) with the drafted ones where these stand."""
-    chosen_BR = torch.where(nn.functional.pad(stands_BJ, (0, 1)), nn.functional.pad(draft_BJ, (0, 1)), tokens_BR)
-    scores = as_scores(logits_BRV)
-    less_BR = scores.gather(-1, chosen_BR[..., None])[..., 0] - scores.amax(-1)
-    return chosen_BR, log_probs_BR + less_BR
+def _drafted_log_probabilities(logits_BJV: Tensor, draft_BJ: Tensor, tokens_BJ: Tensor, log_probs_BJ: Tensor) -> Tensor:
+    """Natural-log probabilities (B, J) of drafted tokens, from those of head 1's best; of padding (-1) anything."""
+    of_both = as_scores(logits_BJV.gather(-1, torch.stack([draft_BJ.clamp(min=0), tokens_BJ], -1)))
+    return log_probs_BJ + (of_both[..., 0] - of_both[..., 1])
 
 
 class DecodingLoop:
@@ -338,10 +328,12 @@ class DecodingLoop:
         tokens_BR, log_probs_BR = best_tokens(logits_BRV)
         stands_BJ = self.strategy.agrees(draft_BJ, tokens_BR[:, :-1], logits_BRV[:, :-1]).long().cumprod(-1)
         num_accepted_B = stands_BJ.sum(-1)
-        chances_BJ = _probabilities(logits_BRV[:, :-1], draft_BJ, tokens_BR[:, :-1], log_probs_BR[:, :-1])
+        drafted_BJ = _drafted_log_probabilities(logits_BRV[:, :-1], draft_BJ, tokens_BR[:, :-1], log_probs_BR[:, :-1])
         if self.strategy.accepts_other_tokens:
-            tokens_BR, log_probs_BR = _with_drafted(tokens_BR, log_probs_BR, logits_BRV, draft_BJ, stands_BJ.bool())
-        columns = [num_accepted_B[:, None], tokens_BR, log_probs_BR, chances_BJ]
+            stands_BR = nn.functional.pad(stands_BJ, (0, 1)).bool()
+            tokens_BR = torch.where(stands_BR, nn.functional.pad(draft_BJ, (0, 1)), tokens_BR)
+            log_probs_BR = torch.where(stands_BR, nn.functional.pad(drafted_BJ, (0, 1)), log_probs_BR)
+        columns = [num_accepted_B[:, None], tokens_BR, log_probs_BR, drafted_BJ.exp()]
 
         G = self.strategy.num_guesses
         if G:

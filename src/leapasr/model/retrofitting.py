@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from leapasr.model.configuration import SpeechLlamaConfig
 from leapasr.model.draft_layers import build_draft_layers
 from leapasr.model.mtp_heads import build_heads
 from leapasr.model.speech_llama import SpeechLlamaForConditionalGeneration
+
+
+def head_fields(*, num_heads: int | None, head_type: str | None, draft_layers: int | None) -> dict[str, Any]:
+    """Fields of `SpeechLlamaConfig` for what is not None; a model of head 1 alone has no draft layers."""
+    chosen = {"num_heads": num_heads, "head_type": head_type, "draft_layers": 0 if num_heads == 1 else draft_layers}
+    return {name: value for name, value in chosen.items() if value is not None}
 
 
 @torch.no_grad()
@@ -29,9 +37,8 @@ def set_heads(
     Raises:
         ValueError: `num_heads` is less than 1, `head_type` is unknown, or there are not so many layers.
     """
-    chosen = {"num_heads": num_heads, "head_type": head_type, "draft_layers": 0 if num_heads == 1 else draft_layers}
-    old = model.config.to_dict()
-    new = SpeechLlamaConfig.from_dict(old | {name: value for name, value in chosen.items() if value is not None})
+    chosen = head_fields(num_heads=num_heads, head_type=head_type, draft_layers=draft_layers)
+    new = SpeechLlamaConfig.from_dict(model.config.to_dict() | chosen)
     torch.manual_seed(seed)
     if new.draft_layers != model.config.draft_layers:
         model.config.draft_layers, model.draft_layers = new.draft_layers, build_draft_layers(new)

@@ -23,7 +23,7 @@ from leapasr.data.synthesis import passages, read_paragraphs
 from leapasr.model.building import build_model, build_processor
 from leapasr.model.checkpoints import whisper_tokenizer
 from leapasr.model.processing import SpeechLlamaProcessor
-from leapasr.model.retrofitting import set_heads
+from leapasr.model.retrofitting import head_fields, set_heads
 from leapasr.model.speech_llama import SpeechLlamaForConditionalGeneration
 from leapasr.model.storage import replace_files
 from leapasr.model.whisper_decoder import WhisperDecoder
@@ -104,15 +104,12 @@ def prepare(
     texts = passages((p for path in text for p in read_paragraphs(path)), seed=seed)
     if text and not texts:
         raise ValueError(f"no usable passage in {', '.join(map(str, text))}: prose is needed, a paragraph a line")
-    heads: dict[str, Any] = {"num_heads": num_heads, "head_type": head_type, "draft_layers": draft_layers}
-    if num_heads == 1:
-        heads["draft_layers"] = 0
     if initial_model is not None:
         model, processor = load_initial(initial_model)
-        set_heads(model, **heads, seed=seed)
+        set_heads(model, num_heads=num_heads, head_type=head_type, draft_layers=draft_layers, seed=seed)
     elif preset is not None:
-        fields = preset.fields | {name: value for name, value in heads.items() if value is not None}
-        preset = replace(preset, fields=fields)
+        heads = head_fields(num_heads=num_heads, head_type=head_type, draft_layers=draft_layers)
+        preset = replace(preset, fields=preset.fields | heads)
         tokenizer = load_tokenizer(preset, texts, output / "tokenizer")
         model, processor = build_model(preset, tokenizer, seed=seed), build_processor(preset, tokenizer)
     else:

@@ -37,14 +37,14 @@ from leapasr.training.encoder_cache import EncoderCache, FrameBatch, FrameBatche
 from leapasr.training.losses import ctc_loss, mtp_loss, with_slips
 from leapasr.training.optimizer import MasterAdamW
 
+READING = ("speech_projection.previous.", "speech_projection.following")
 TRAINED_PREFIXES = {
     "language": ("decoder.",),
-    "text": ("decoder.", "mtp_heads.", "draft_layers.", "speech_projection.previous.", "speech_projection.following"),
+    "text": ("decoder.", "mtp_heads.", "draft_layers.", *READING),
     "ctc": ("encoder.", "adapter.", "ctc_head."),
     "joint": ("",),
     "heads": ("mtp_heads.", "draft_layers."),
 }
-CTC_READING = ("speech_projection.ctc_projection.", "speech_projection.previous.", "speech_projection.following")
 
 
 MAX_DEV_TEXTS = 2000
@@ -320,7 +320,7 @@ class Trainer:
         freeze_adapted(model.decoder)
         trained = TRAINED_PREFIXES[stage.task]
         if stage.task == "heads" and model.config.drafts_remember_ctc:
-            trained += CTC_READING
+            trained += ("speech_projection.ctc_projection.", *READING)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(parameter.requires_grad and name.startswith(trained))
         optimizer = MasterAdamW(
