@@ -1,10 +1,10 @@
 """What each ingredient brings: one training run without it, at a small budget, against one with all of them.
 
-    python experiments/ablations.py --whisper tiny.en --other-whisper base --manifest librispeech.jsonl … \\
+    python experiments/ablations.py --whisper tiny.en --manifest librispeech.jsonl … \\
         --synthetic synthetic.jsonl --text prose.txt --dev dev.jsonl
 
 Every run takes the same number of updates of the same size from the same seed: the recipe that ships, shortened.
-Writes docs/ablations.md and .json; a run whose figures are in the work folder is not repeated.
+Writes docs/ablations.md and .json; what is trained or scored already, by the work folder, is not repeated.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lhotse.cut import Cut
 
 from leapasr.config import ModelPreset, Stage, tiny
 from leapasr.data.augmentation import NO_AUGMENTATION
 from leapasr.data.manifests import read_manifest
 from leapasr.decoding import DecodingOptions
 from leapasr.evaluation.evaluate import evaluate
-from leapasr.model.checkpoints import load_encoder_config
 from leapasr.model.speech_llama import SpeechLlamaForConditionalGeneration
 from leapasr.training.run import prepare
 from leapasr.transcriber import load
@@ -63,42 +63,27 @@ def variants(arguments: argparse.Namespace) -> list[Variant]:
     def changed(**fields: Any) -> ModelPreset:
         return replace(model, fields=model.fields | fields)
 
-    silent = changed(ctc_in_prompt=False, ctc_lookahead=0)
-    found = [
+    return [
         everything,
         replace(everything, name="encoder from random weights", random=("encoder.",),
                 stages=(replace(ctc, frozen_encoder_layers=0), settle, reading, heads)),
         replace(everything, name="encoder frozen",
                 stages=(ctc, replace(settle, frozen_encoder_layers=None), reading, heads)),
         replace(everything, name="decoder from random weights", random=("decoder.", "text_positions.", "soft_prompt.")),
-        replace(everything, name="CTC from random weights", random=("ctc_head.",)),
-        replace(everything, name="no CTC (neither loss nor what it reads)", model=silent,
-                stages=(replace(settle, ctc_weight=0.0), heads)),
-        replace(everything, name="what CTC reads hidden from the heads", model=silent),
+        replace(everything, name="no CTC (neither loss nor what it reads)",
+                model=changed(ctc_in_prompt=False, ctc_lookahead=0), stages=(replace(settle, ctc_weight=0.0), heads)),
         replace(everything, name="no augmentation", stages=tuple(
             replace(stage, augmentation=NO_AUGMENTATION) for stage in stages)),
         replace(everything, name="no synthetic speech", manifests=real),
-        replace(everything, name="no draft layers", model=changed(draft_layers=0)),
-        replace(everything, name="heads trained with all the rest",
-                stages=(ctc, settle, reading, replace(settle, name="heads", updates=heads.updates, head_weights=0.3))),
         replace(everything, name="head 1 alone (K = 1)", model=changed(num_heads=1, draft_layers=0),
                 stages=(ctc, settle, reading)),
     ]  # fmt: skip
-    if arguments.other_whisper:
-        other, _ = tiny(str(arguments.other_whisper))
-        layers = load_encoder_config(arguments.other_whisper).encoder_layers
-        fields = other.fields | {"encoder_pooling_layer": layers, "adapter_size": 512, "adapter_attention_heads": 8}
-        found.append(replace(everything, name=f"Whisper {arguments.other_whisper.name}",
-                             model=replace(other, fields=fields)))  # fmt: skip
-    return found
 
 
-def run(variant: Variant, arguments: argparse.Namespace, dev: Sequence) -> dict[str, Any]:
-    """Train `variant` and evaluate it on dev."""
-    folder = arguments.work / variant.name.split(" (")[0].replace(" ", "-")
-    done = folder / "figures.json"
-    if done.exists():
-        return json.loads(done.read_text())
+def train(variant: Variant, folder: Path, arguments: argparse.Namespace) -> None:
+    """Train `variant` in `folder`, if that was not done before; of the training, its model and its seconds stay."""
+    if (folder / "seconds.json").exists():
+        return
     start = time.perf_counter()
     trainer = prepare(
         variant.model, variant.stages, manifests=variant.manifests, dev=(), text=arguments.text, output=folder,
@@ -109,13 +94,23 @@ def run(variant: Variant, arguments: argparse.Namespace, dev: Sequence) -> dict[
         fresh = SpeechLlamaForConditionalGeneration(trainer.model.config).state_dict()
         state = {name: value for name, value in fresh.items() if name.startswith(variant.random)}
         trainer.model.load_state_dict(state, strict=False)
-    model = trainer.run()
-    seconds = time.perf_counter() - start
+    trainer.run()
+    (folder / "seconds.json").write_text(json.dumps(time.perf_counter() - start))
+    for stage in variant.stages:
+        shutil.rmtree(folder / stage.name)
+    (folder / "checkpoint.pt").unlink()
+
+
+def score(variant: Variant, folder: Path, dev: Sequence[Cut]) -> dict[str, Any]:
+    """A row of the table: the model in `folder` on dev."""
+    done = folder / "figures.json"
+    if done.exists():
+        return json.loads(done.read_text())
     chosen = [DecodingOptions(strategy="autoregressive")]
     if variant.model.fields["num_heads"] > 1:
         chosen += [DecodingOptions(strategy="verify", drafts="mtp"),
                    DecodingOptions(strategy="verify", draft_length="full")]  # fmt: skip
-    reports = evaluate(load(str(model)), dev, chosen, batch_size=8)
+    reports = evaluate(load(str(folder / "model")), dev, chosen, batch_size=8)
     figures = {
         "name": variant.name,
         "ctc_wer": reports[0].ctc_wer,
@@ -124,13 +119,9 @@ def run(variant: Variant, arguments: argparse.Namespace, dev: Sequence) -> dict[
         "wer_high": reports[0].wer_high,
         "call_reduction_mtp": reports[1].call_reduction if len(reports) > 1 else None,
         "call_reduction_both": reports[-1].call_reduction,
-        "training_seconds": seconds,
+        "training_seconds": json.loads((folder / "seconds.json").read_text()),
     }
     done.write_text(json.dumps(figures))
-    for stage in variant.stages:
-        shutil.rmtree(folder / stage.name)
-    shutil.rmtree(model)
-    (folder / "checkpoint.pt").unlink()
     return figures
 
 
@@ -161,7 +152,6 @@ def page(rows: Sequence[dict[str, Any]], arguments: argparse.Namespace, num_dev:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--whisper", required=True, help="a Whisper: hub name or folder")
-    parser.add_argument("--other-whisper", type=Path, help="another one to compare it with")
     parser.add_argument("--manifest", type=Path, action="append", required=True, help="training manifest")
     parser.add_argument("--synthetic", type=Path, required=True, help="training manifest of synthetic speech")
     parser.add_argument("--synthetic-weight", type=float, default=0.15)
@@ -179,15 +169,18 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("docs"))
     arguments = parser.parse_args()
 
-    arguments.work.mkdir(parents=True, exist_ok=True)
     dev = list(read_manifest(arguments.dev, use="dev", limit=arguments.dev_utterances).cuts)
     rows = []
-    for variant in variants(arguments):
-        rows.append(run(variant, arguments, dev))
+    runs = [(each, arguments.work / each.name.split(" (")[0].replace(" ", "-")) for each in variants(arguments)]
+    for variant, folder in runs:
+        print(f"training: {variant.name}", flush=True)
+        train(variant, folder, arguments)
+    for variant, folder in runs:
+        rows.append(score(variant, folder, dev))
         print(rows[-1], flush=True)
-        arguments.output.mkdir(parents=True, exist_ok=True)
-        (arguments.output / "ablations.json").write_text(json.dumps(rows, indent=1) + "\n")
-        (arguments.output / "ablations.md").write_text(page(rows, arguments, len(dev)))
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    (arguments.output / "ablations.json").write_text(json.dumps(rows, indent=1) + "\n")
+    (arguments.output / "ablations.md").write_text(page(rows, arguments, len(dev)))
 
 
 if __name__ == "__main__":
