@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, MistralConfig, Qwen3Config
 from leapasr.decoding import CausalLMDecoder, DecodingLoop, DecodingOptions, Prompts, SpeechLlamaDecoder, decode
 from leapasr.decoding.drafts import CTCDrafter, Reading, build_drafter
 from leapasr.decoding.guards import guard_rows
+from leapasr.decoding.loop import MOST_MISTAKES
 from leapasr.decoding.reference import decode_reference, full_forward
 from leapasr.decoding.strategies import Threshold, Verification
 from leapasr.decoding.trace import DraftToken, accept_length_histogram, accept_lengths
@@ -66,7 +67,7 @@ class ScriptedDrafter:
         right = self.script[len(emitted) : len(emitted) + self.num_drafts]
         return [DraftToken(self.corrupt(token, j), 0.5, f"script{j}") for j, token in enumerate(right)]
 
-    def review(self, verdicts, num_accepted):
+    def review(self, verdicts, num_accepted, further):
         pass
 
     def copy(self):
@@ -295,8 +296,8 @@ class RecordingDrafter(ScriptedDrafter):
         self.proposed = super().propose(emitted, guesses)
         return self.proposed
 
-    def review(self, verdicts, num_accepted):
-        self.reviews.append((max(self.seen), self.proposed, verdicts, num_accepted))
+    def review(self, verdicts, num_accepted, further):
+        self.reviews.append((max(self.seen), self.proposed, verdicts, num_accepted, further))
 
 
 @pytest.mark.parametrize("head_type", ["latent", "sequential"])
@@ -325,9 +326,9 @@ def test_verdicts_are_what_a_full_forward_says_along_the_draft(build_tiny_model,
     references = decode_reference(decoder, prompts, VERIFY, max_tokens=[MAX_TOKENS] * 6)
     drafters = [RecordingDrafter(d.script, 5, d.corrupt) for d in scripted(references, kind)]
     decode(decoder, prompts, VERIFY, max_tokens=[MAX_TOKENS] * 6, drafters=drafters)
-    assert sum(len(verdicts) for drafter in drafters for _, _, verdicts, _ in drafter.reviews) > 20
+    assert sum(len(verdicts) for drafter in drafters for _, _, verdicts, _, _ in drafter.reviews) > 20
     for row, drafter in enumerate(drafters):
-        for num_emitted, proposed, verdicts, num_accepted in drafter.reviews:
+        for num_emitted, proposed, verdicts, num_accepted, _ in drafter.reviews:
             draft = [token.token for token in proposed]
             assert len(verdicts) <= len(draft)
             agrees = [verdict.token == token for verdict, token in zip(verdicts, draft, strict=False)]
@@ -338,6 +339,42 @@ def test_verdicts_are_what_a_full_forward_says_along_the_draft(build_tiny_model,
                 assert verdict.token == int(probabilities.argmax())
                 assert verdict.probability == pytest.approx(float(probabilities.max()), abs=1e-5)
                 assert verdict.chance == pytest.approx(float(probabilities[draft[place]]), abs=1e-5)
+
+
+@pytest.mark.parametrize("head_type", ["latent", "sequential"])
+@pytest.mark.parametrize("kind", ["right", "mixed", "wrong"])
+def test_heads_are_heard_at_mistakes_and_behind_the_draft_as_in_a_full_forward(build_tiny_model, head_type, kind):
+    """Head 2 at the first mistakes of a draft, and heads 2..K at its end, in a ragged batch."""
+    decoder, prompts = SpeechLlamaDecoder(build_tiny_model(head_type=head_type)), make_prompts(6)
+    options = replace(VERIFY, drafts="mtp")
+    references = decode_reference(decoder, prompts, options, max_tokens=[MAX_TOKENS] * 6)
+    drafters = [RecordingDrafter(d.script, 11, d.corrupt) for d in scripted(references, kind)]
+    decode(decoder, prompts, options, max_tokens=[MAX_TOKENS] * 6, drafters=drafters)
+
+    def heard(row, tokens, num_heads):
+        hidden_LD = full_hidden(decoder, prompts, row, tokens)[-1:]
+        first_B = decoder.logits(hidden_LD).argmax(-1)
+        return decoder.draft_logits(hidden_LD, first_B, num_heads).softmax(-1)[0].max(-1)
+
+    num_mistakes = 0
+    for row, drafter in enumerate(drafters):
+        for num_emitted, proposed, verdicts, _, further in drafter.reviews:
+            draft, before = [token.token for token in proposed][: len(verdicts)], drafter.script[:num_emitted]
+            mistakes = [place for place, verdict in enumerate(verdicts) if verdict.token != draft[place]]
+            for place in mistakes[:MOST_MISTAKES]:
+                probabilities, ids = heard(row, before + draft[:place], 1)
+                following = verdicts[place].following
+                assert (following.token, following.source) == (int(ids[0]), "head2")
+                assert following.probability == pytest.approx(float(probabilities[0]), abs=1e-5)
+                num_mistakes += 1
+            probabilities, ids = heard(row, before + draft, 3)
+            assert [token.token for token in further[1:]] == ids.tolist()
+            assert [token.source for token in further] == ["jacobi", "head2", "head3", "head4"]
+            assert [token.probability for token in further[1:]] == pytest.approx(probabilities.tolist(), abs=1e-5)
+            said = decoder.logits(full_hidden(decoder, prompts, row, before + draft)[-1]).softmax(-1)
+            assert further[0].token == int(said.argmax())
+            assert further[0].probability == pytest.approx(float(said.max()), abs=1e-5)
+    assert num_mistakes > (20 if kind != "right" else -1)
 
 
 # Contract 2: threshold decoding, against a full forward per block.

@@ -60,11 +60,21 @@ def test_they_begin_as_the_decoders(build_tiny_model, head_type, draft_layers):
 
 
 @torch.no_grad()
+class GuessesAlone:
+    """Drafts what the heads say behind the text itself, and hears nothing of what becomes of it."""
+
+    def propose(self, emitted, guesses):
+        return guesses
+
+    def review(self, verdicts, num_accepted, further):
+        pass
+
+
 def test_decoding_drafts_what_training_predicts(model):
     """Every rejected draft is what its head says, teacher forced, at the place where it was drafted."""
     encoding, prompts = speech(model)
     decoder = SpeechLlamaDecoder(model)
-    results = decode(decoder, prompts, OPTIONS)
+    results = decode(decoder, prompts, OPTIONS, drafters=[GuessesAlone() for _ in prompts.lengths_B])
     assert [r.tokens for r in results] == [r.tokens for r in decode_reference(decoder, prompts, OPTIONS)]
     assert any(result.num_calls < len(result.trace) - 1 for result in results)  # some drafts stood
     num_rejected = 0

@@ -1,4 +1,5 @@
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -6,9 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from leapasr.decoding.ctc import greedy_ctc, read_ctc
-from leapasr.decoding.drafts import LEAD, CTCDrafter, MTPDrafter, Reading, Verdict, build_drafter
+from leapasr.decoding.drafts import LEAD, CTCDrafter, MTPDrafter, Reading, build_drafter
 from leapasr.decoding.options import DecodingOptions
 from leapasr.decoding.rejoin import MAX_EDITS, Rejoining
+from leapasr.decoding.rewriting import Verdict
 from leapasr.decoding.trace import DraftToken
 
 END = 99
@@ -169,7 +171,7 @@ def spoken(truth: list[int], drafter: CTCDrafter, *, review: bool = True) -> tup
         verdicts = speaker.verdicts(emitted, draft)
         num_accepted = sum(1 for _ in itertools.takewhile(lambda v: v.chance == 0.9, verdicts[:-1]))
         if review:
-            drafter.review(verdicts[:-1], num_accepted)
+            drafter.review(verdicts[:-1], num_accepted, ())
         emitted += [verdict.token for verdict in verdicts[: num_accepted + 1]]
         num_calls += 1
     return emitted[: emitted.index(END)], num_calls
@@ -189,7 +191,7 @@ def test_one_call_corrects_the_reading_behind_its_first_mistake(read, corrected)
     drafter = CTCDrafter(reading_of(read), end_token=END)
     draft = drafted(drafter, [])
     verdicts = Speaker([1, 2, 3, 4, 5, 6, 7, 8]).verdicts([], draft)
-    drafter.review(verdicts[: len(draft)], next(i for i, v in enumerate(verdicts) if v.chance != 0.9))
+    drafter.review(verdicts[: len(draft)], next(i for i, v in enumerate(verdicts) if v.chance != 0.9), ())
     assert [token.token for token in drafter.reading] == drafter.rejoining.reading.tolist() == corrected
     sources = {token.token: token.source for token in drafter.reading}
     assert all((source == "ctc") == (token in read) for token, source in sources.items())
@@ -200,14 +202,14 @@ def test_a_token_that_could_stand_there_was_misheard_and_one_that_could_not_come
     drafter = CTCDrafter(reading_of([50, 2, 4, 5, 6]), end_token=END)
     drafter.propose([], ())
     sure = [Verdict(token, 0.9, 0.9) for token in (2, 5, 6)]
-    drafter.review([Verdict(1, 0.9, 0.1), sure[0], Verdict(3, 0.6, chance), *sure[1:]], 0)
+    drafter.review([Verdict(1, 0.9, 0.1), sure[0], Verdict(3, 0.6, chance), *sure[1:]], 0, ())
     assert [token.token for token in drafter.reading] == corrected
 
 
 def test_what_head_1_confirms_is_as_sure_as_head_1_is():
     drafter = CTCDrafter(reading_of([1, 2, 3, 4]), end_token=END)
     drafter.propose([], ())
-    drafter.review([Verdict(7, 0.8, 0.2), Verdict(2, 0.7, 0.7), Verdict(3, 0.99, 0.99), Verdict(8, 0.6, 0.2)], 0)
+    drafter.review([Verdict(7, 0.8, 0.2), Verdict(2, 0.7, 0.7), Verdict(3, 0.99, 0.99), Verdict(8, 0.6, 0.2)], 0, ())
     assert drafter.reading == [
         DraftToken(1, 0.9, "ctc"), DraftToken(2, 0.9, "ctc"), DraftToken(3, 0.99, "ctc"), DraftToken(8, 0.6, "jacobi"),
     ]  # fmt: skip
@@ -239,7 +241,7 @@ def test_a_correction_stays_with_the_copy_that_heard_it():
     drafter = CTCDrafter(reading_of([50, 2, 3, 60]), end_token=END)
     drafter.propose([], ())
     other = drafter.copy()
-    other.review(Speaker([1, 2, 3, 4]).verdicts([], [50, 2, 3, 60, END])[:5], 0)
+    other.review(Speaker([1, 2, 3, 4]).verdicts([], [50, 2, 3, 60, END])[:5], 0, ())
     assert (drafted(other, [1]), drafted(drafter, [1])) == ([2, 3, 4, END], [2, 3, 60, END])
 
 
@@ -247,8 +249,64 @@ def test_heads_that_led_are_not_of_the_reading():
     drafter = CTCDrafter(reading_of([1, 2, 3, 50, 5]), end_token=END, lead=0.5)
     guesses = [DraftToken(90, 0.9, "head2"), DraftToken(2, 0.9, "head3")]
     assert drafted(drafter, [], guesses) == [90, 2, 3, 50, 5, END]
-    drafter.review(Speaker([1, 2, 3, 4, 5]).verdicts([], [90, 2, 3, 50, 5, END])[:6], 0)
+    drafter.review(Speaker([1, 2, 3, 4, 5]).verdicts([], [90, 2, 3, 50, 5, END])[:6], 0, ())
     assert drafted(drafter, [1]) == [2, 3, 4, 5, END]
+
+
+@pytest.mark.parametrize(
+    ("following", "corrected"),
+    [(None, [2, 3, 4]), (DraftToken(2, 0.9, "head2"), [1, 2, 3, 4]), (DraftToken(3, 0.9, "head2"), [1, 3, 4])],
+)
+def test_head_2_tells_a_missing_token_from_a_misheard_one(following, corrected):
+    """Head 1 says 1 where 2 was drafted, and behind that 3: the text is 1 2 3 or 1 3; re-joining alone guesses."""
+    drafter = CTCDrafter(reading_of([2, 3, 4]), end_token=END, lead=0.95)
+    drafter.propose([], ())
+    drafter.review([Verdict(1, 0.9, 0.0, following), Verdict(3, 0.9, 0.9), Verdict(4, 0.9, 0.9)], 0, ())
+    assert [token.token for token in drafter.reading] == drafter.rejoining.reading.tolist() == corrected
+
+
+def test_head_2_corrects_two_tokens_in_a_row():
+    drafter = CTCDrafter(reading_of([50, 51, 3, 4]), end_token=END, lead=0.95)
+    drafter.propose([], ())
+    verdicts = [Verdict(1, 0.9, 0.0, DraftToken(2, 0.9, "head2")), Verdict(2, 0.8, 0.0), Verdict(3, 0.9, 0.9)]
+    drafter.review(verdicts, 0, ())
+    assert [(token.token, token.source) for token in drafter.reading] == [
+        (1, "jacobi"),
+        (2, "head2"),
+        (3, "ctc"),
+        (4, "ctc"),
+    ]
+    unsure = CTCDrafter(reading_of([50, 51, 3, 4]), end_token=END, lead=0.95)
+    unsure.propose([], ())
+    unsure.review([replace(verdicts[0], following=DraftToken(2, 0.05, "head2")), *verdicts[1:]], 0, ())
+    assert [token.token for token in unsure.reading] == [50, 51, 3, 4]
+
+
+def test_heads_draft_goes_on_behind_its_end():
+    drafter = MTPDrafter(end_token=END)
+    guesses = [DraftToken(token, 0.5, f"head{token}") for token in (2, 3, 4)]
+    assert drafted(drafter, [], guesses) == [2, 3, 4]
+    further = [DraftToken(token, 0.5, "head") for token in (5, 6, 7, 8)]
+    sure = [Verdict(token, 0.9, 0.9) for token in (2, 3, 4)]
+    other = drafter.copy()
+    other.review(sure, 3, further)
+    assert drafted(other, [1, 2, 3, 4, 5], guesses) == [6, 7, 8]
+    drafter.review([sure[0], Verdict(30, 0.9, 0.1), sure[2]], 1, further)
+    assert drafted(drafter, [1, 2, 30], guesses) == [4, 5, 6, 7, 8][: 2 * 3]
+    drafter.review([Verdict(token, 0.9, 0.9) for token in (4, 5, 6, 7, 8)], 5, [DraftToken(9, 0.9, "jacobi"), *further])
+    assert drafted(drafter, [1, 2, 30, 4, 5, 6, 7, 8, 9], [*guesses, guesses[0]]) == [5, 6, 7, 8]
+
+
+def test_heads_draft_is_two_rounds_of_guesses_at_most_and_ends_with_the_text():
+    drafter = MTPDrafter(end_token=END)
+    guesses = [DraftToken(token, 0.5, "head") for token in (2, 3)]
+    drafter.propose([], guesses)
+    drafter.review([Verdict(9, 0.9, 0.1), Verdict(3, 0.9, 0.9)], 0, [DraftToken(t, 0.5, "head") for t in range(4, 12)])
+    assert drafted(drafter, [9], guesses) == [3, 4, 5, 6]
+    ending = MTPDrafter(end_token=END)
+    assert drafted(ending, [], [DraftToken(token, 0.5, "head") for token in (2, END, 3)]) == [2, END]
+    ending.review([Verdict(2, 0.9, 0.9), Verdict(7, 0.9, 0.1)], 1, [DraftToken(END, 0.9, "jacobi"), *guesses])
+    assert drafted(ending, [2, 7], guesses) == [END]
 
 
 def test_readings_are_greedy_ctc_with_its_peaks():

@@ -14,24 +14,11 @@ from typing import Protocol
 
 from leapasr.decoding.options import DecodingOptions
 from leapasr.decoding.rejoin import Rejoining
+from leapasr.decoding.rewriting import HEARD, POSSIBLE, Verdict, rewritten, until_end
 from leapasr.decoding.trace import DraftToken
 
-POSSIBLE = 0.005  # least probability with which head 1 finds a drafted token possible at its place
+ROUNDS = 2  # of guesses of all heads: as many tokens are in their draft at most
 LEAD = 0.95  # least probability at which a head's guess goes before CTC's tokens
-
-
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """What head 1 says at the place of a drafted token, given the draft before it.
-
-    Attributes:
-        token: what it would write there, and with what `probability`.
-        chance: its probability of the drafted token.
-    """
-
-    token: int
-    probability: float
-    chance: float
 
 
 class Drafter(Protocol):
@@ -47,12 +34,13 @@ class Drafter(Protocol):
             guesses: what heads 2..K say comes next, one token each; none before the prefill.
         """
 
-    def review(self, verdicts: Sequence[Verdict], num_accepted: int) -> None:
-        """Hear what head 1 says of the last proposal, for the next one.
+    def review(self, verdicts: Sequence[Verdict], num_accepted: int, further: Sequence[DraftToken]) -> None:
+        """Hear what a call says of the last proposal, for the next one.
 
         Args:
             verdicts: on each proposed token; fewer, where the loop cut the proposal.
             num_accepted: so many proposed tokens stand. What is said behind the next one is given a wrong prefix.
+            further: what heads 1..K say comes behind the last of these; empty unless the drafter is `MTPDrafter`.
         """
 
     def copy(self) -> Drafter:
@@ -68,16 +56,28 @@ class Reading:
 
 
 class MTPDrafter:
-    """The greedy tokens of heads 2..K (``head2``, ...)."""
+    """What the heads say comes next (``head2``, ...), carried on from call to call.
+
+    A call checks what was drafted, and says at its end what comes further on: the draft grows, and what it holds is
+    rewritten by each call (`rewritten`) before its turn comes.
+    """
+
+    def __init__(self, *, end_token: int):
+        self.end_token = end_token
+        self._next: Sequence[DraftToken] = ()
+        self._proposed: Sequence[DraftToken] = ()
 
     def propose(self, emitted: Sequence[int], guesses: Sequence[DraftToken]) -> Sequence[DraftToken]:
-        return guesses
+        text = [*self._next, *guesses[len(self._next) :]]
+        self._proposed = until_end(text, self.end_token)[: ROUNDS * len(guesses)]
+        return self._proposed
 
-    def review(self, verdicts: Sequence[Verdict], num_accepted: int) -> None:
-        """The heads' next guesses are new ones."""
+    def review(self, verdicts: Sequence[Verdict], num_accepted: int, further: Sequence[DraftToken]) -> None:
+        if further:
+            self._next = rewritten(self._proposed, verdicts, further, num_accepted, end_token=self.end_token)
 
     def copy(self) -> MTPDrafter:
-        return self
+        return copy(self)
 
 
 class CTCDrafter:
@@ -120,24 +120,31 @@ class CTCDrafter:
             self._proposed = [*first, *self.reading[rejoining.place :], DraftToken(self.end_token, 1.0, "ctc")]
         return self._proposed
 
-    def review(self, verdicts: Sequence[Verdict], num_accepted: int) -> None:
+    def review(self, verdicts: Sequence[Verdict], num_accepted: int, further: Sequence[DraftToken]) -> None:
         said = list(zip(self._proposed, verdicts, strict=False))
         agrees = [drafted.token == verdict.token for drafted, verdict in said]
-        # the token that was not accepted is left to re-joining, which knows what stands there instead
-        for place in reversed(range(max(num_accepted + 1, self._num_first), len(said))):
+        for place in reversed(range(max(num_accepted, self._num_first), len(said))):
             drafted, verdict = said[place]
-            index = self._place + place - self._num_first
-            if verdict.token == self.end_token or not agrees[place - 1]:
+            index, behind = self._place + place - self._num_first, place + 1
+            is_first = place == num_accepted
+            if verdict.token == self.end_token or not (is_first or agrees[place - 1]):
                 continue  # right behind a wrong token, what is said goes on from that
             if agrees[place]:
                 self._correct(index, [drafted._replace(probability=verdict.probability)])
                 continue
             correction = DraftToken(verdict.token, verdict.probability, "jacobi")
-            behind = place + 1
-            if behind < len(self._proposed) and verdict.token == self._proposed[behind].token:
+            following = verdict.following if verdict.following and verdict.following.probability >= HEARD else None
+            if following and following.token == drafted.token:
+                self._correct(index, [correction, drafted])  # one is missing
+            elif following and behind < len(said) and following.token == said[behind][1].token:
+                self._correct(index + 1, [following])
+                self._correct(index, [correction])
+            elif is_first:
+                continue  # left to re-joining, which knows what stands there instead
+            elif behind < len(self._proposed) and verdict.token == self._proposed[behind].token:
                 self._correct(index, [])  # one too many
             elif verdict.chance < POSSIBLE and behind < len(said) and agrees[behind]:
-                self._correct(index, [correction, drafted])  # one is missing
+                self._correct(index, [correction, drafted])
             else:
                 self._correct(index, [correction])
 
@@ -161,4 +168,4 @@ def build_drafter(options: DecodingOptions, reading: Reading, *, end_token: int)
         case "both":
             return CTCDrafter(reading, end_token=end_token, lead=LEAD)
         case _:
-            return MTPDrafter()
+            return MTPDrafter(end_token=end_token)

@@ -22,14 +22,16 @@ from torch import Tensor, nn
 
 from leapasr.decoding.cache import RaggedCache
 from leapasr.decoding.costs import FREE, CallCosts, num_worth_drafting
-from leapasr.decoding.drafts import Drafter, MTPDrafter, Verdict
+from leapasr.decoding.drafts import Drafter, MTPDrafter
 from leapasr.decoding.guards import Guards, guard_rows
 from leapasr.decoding.interface import Decoder, Prompts
 from leapasr.decoding.options import DecodingOptions, DecodingResult, Truncation
+from leapasr.decoding.rewriting import Verdict
 from leapasr.decoding.strategies import Strategy, build_strategy
 from leapasr.decoding.trace import DraftToken, TokenRecord
 from leapasr.model.speech_llama import join_positions, join_rows
 
+MOST_MISTAKES = 8  # of a draft, at which head 2 is asked what comes behind
 MAX_VOCAB_SIZE = 2**24  # ids travel to the host as float32, which is exact up to here
 
 
@@ -68,14 +70,17 @@ class _Row:
 
 
 class _Reading(NamedTuple):
-    """What a call said about one row.
+    """What a call said about one row, of which the draft may be shorter than R − 1 tokens.
 
     Attributes:
-        tokens: head 1's choices, after the last pending token and after each drafted one.
+        tokens: head 1's R choices, after the last pending token and after each drafted one.
         log_probabilities: of these, natural logs.
-        chances: head 1's probabilities of the drafted tokens.
+        chances: head 1's probabilities of the R − 1 drafted tokens.
         num_accepted: drafted tokens that head 1 agrees with, before the first that it does not.
         guesses: of heads 2..K, behind `tokens[num_accepted]`.
+        following: of head 2, behind `tokens` at the first places where they are not the draft's; empty unless the
+            strategy reads along.
+        further: of heads 2, 3, …, behind head 1's token after the whole draft; empty unless the strategy wants them.
     """
 
     tokens: list[int]
@@ -83,32 +88,35 @@ class _Reading(NamedTuple):
     chances: list[float]
     num_accepted: int
     guesses: list[DraftToken]
+    following: dict[int, DraftToken]
+    further: list[DraftToken]
 
-    @property
-    def verdicts(self) -> list[Verdict]:
+    def verdicts(self, num_drafted: int) -> list[Verdict]:
         """On each drafted token."""
         return [
-            Verdict(token, math.exp(log_probability), chance)
-            for token, log_probability, chance in zip(self.tokens, self.log_probabilities, self.chances, strict=False)
+            Verdict(
+                self.tokens[place],
+                math.exp(self.log_probabilities[place]),
+                self.chances[place],
+                self.following.get(place),
+            )
+            for place in range(num_drafted)
         ]
 
-    @classmethod
-    def parse(cls, line: list[float], R: int, G: int) -> _Reading:
-        """Read a line of 1 + R + R + R − 1 + G + G numbers.
+    def behind(self, num_drafted: int) -> list[DraftToken]:
+        """What heads 1..K say comes behind the draft; empty unless the strategy wants that."""
+        if not self.further:
+            return []
+        first = DraftToken(self.tokens[num_drafted], math.exp(self.log_probabilities[num_drafted]), "jacobi")
+        return [first, *self.further]
 
-        They are: accepted, tokens, their logs, chances of the drafted ones, guesses, their probabilities.
-        """
-        guesses, probabilities = line[3 * R : 3 * R + G], line[3 * R + G :]
-        return cls(
-            tokens=[int(token) for token in line[1 : 1 + R]],
-            log_probabilities=line[1 + R : 1 + 2 * R],
-            chances=line[1 + 2 * R : 3 * R],
-            num_accepted=int(line[0]),
-            guesses=[
-                DraftToken(int(token), probability, f"head{k}")
-                for k, (token, probability) in enumerate(zip(guesses, probabilities, strict=True), 2)
-            ],
-        )
+
+def _by_heads(tokens: Sequence[float], probabilities: Sequence[float]) -> list[DraftToken]:
+    """One token of each of heads 2, 3, …"""
+    return [
+        DraftToken(int(token), probability, f"head{k}")
+        for k, (token, probability) in enumerate(zip(tokens, probabilities, strict=True), 2)
+    ]
 
 
 def as_scores(logits: Tensor) -> Tensor:
@@ -127,6 +135,13 @@ def _drafted_log_probabilities(logits_BJV: Tensor, draft_BJ: Tensor, tokens_BJ: 
     """Natural-log probabilities (B, J) of drafted tokens, from those of head 1's best; of padding (-1) anything."""
     of_both = as_scores(logits_BJV.gather(-1, torch.stack([draft_BJ.clamp(min=0), tokens_BJ], -1)))
     return log_probs_BJ + (of_both[..., 0] - of_both[..., 1])
+
+
+def _first_places(wrong_BJ: Tensor, most: int) -> Tensor:
+    """Where in each row the first `most` (or J) are, int64 (B, M); J where a row has no more."""
+    J = wrong_BJ.shape[1]
+    places_J = torch.arange(J, device=wrong_BJ.device)
+    return torch.where(wrong_BJ, places_J, J).topk(min(most, J), largest=False).values
 
 
 class DecodingLoop:
@@ -194,7 +209,8 @@ class DecodingLoop:
         if drafters is None:
             if self.options.drafts in ("ctc", "both"):
                 raise ValueError(f"drafts {self.options.drafts!r} need what CTC read: give each row its drafter")
-            drafters = [MTPDrafter() for _ in range(num_rows)]
+            end_token = min(self.decoder.end_tokens)
+            drafters = [MTPDrafter(end_token=end_token) for _ in range(num_rows)]
         if len(drafters) != num_rows:
             raise ValueError(f"{len(drafters)} drafters for {num_rows} prompts: give one for each")
         lengths = prompts.num_slots
@@ -251,7 +267,7 @@ class DecodingLoop:
             self._gain += (1 + sum(reading.num_accepted for reading in readings) / len(rows) - self._gain) / 8
         for row, draft, reading in zip(rows, drafts, readings, strict=True):
             row.num_calls += 1
-            row.drafter.review(reading.verdicts[: len(draft)], reading.num_accepted)
+            row.drafter.review(reading.verdicts(len(draft)), reading.num_accepted, reading.behind(len(draft)))
             self._emit(row, draft, reading)
         cache.commit([known + reading.num_accepted for known, reading in zip(num_known, readings, strict=True)])
 
@@ -337,13 +353,52 @@ class DecodingLoop:
 
         G = self.strategy.num_guesses
         if G:
-            next_tokens_B = tokens_BR[rows_B, num_accepted_B]
-            guess_logits_BGV = self.decoder.draft_logits(hidden_BRD[rows_B, num_accepted_B], next_tokens_B, G)
-            guesses_BG, guess_log_probs_BG = best_tokens(guess_logits_BGV)
-            columns += [guesses_BG, guess_log_probs_BG.exp()]
+            columns += self._guess(hidden_BRD[rows_B, num_accepted_B], tokens_BR[rows_B, num_accepted_B], G)
+        if self.strategy.reads_along:
+            places_BM = _first_places(draft_BJ != tokens_BR[:, :-1], MOST_MISTAKES)
+            hidden_ND = hidden_BRD[rows_B[:, None], places_BM].flatten(0, 1)
+            following = self._guess(hidden_ND, tokens_BR.gather(1, places_BM).flatten(), 1)
+            columns += [places_BM, *(column.view(places_BM.shape) for column in following)]
+        if self.strategy.num_further:
+            num_drafted_B = (draft_BJ >= 0).sum(-1)
+            behind = hidden_BRD[rows_B, num_drafted_B], tokens_BR[rows_B, num_drafted_B]
+            columns += self._guess(*behind, self.strategy.num_further)
 
-        table = torch.cat([column.float() for column in columns], 1).tolist()
-        return [_Reading.parse(line, R, G) for line in table]
+        table = torch.cat([column.float() for column in columns], 1).cpu()
+        pieces = (piece.tolist() for piece in table.split([column.shape[1] for column in columns], 1))
+        return [self._parse(*row) for row in zip(*pieces, strict=True)]
+
+    def _guess(self, hidden_BH: Tensor, tokens_B: Tensor, num_guesses: int) -> list[Tensor]:
+        """What heads 2, 3, … say behind these tokens of head 1: ids and probabilities (B, G)."""
+        guesses_BG, log_probs_BG = best_tokens(self.decoder.draft_logits(hidden_BH, tokens_B, num_guesses))
+        return [guesses_BG, log_probs_BG.exp()]
+
+    @staticmethod
+    def _parse(
+        accepted: list[float],
+        tokens: list[float],
+        log_probabilities: list[float],
+        chances: list[float],
+        guesses: Sequence[float] = (),
+        probabilities: Sequence[float] = (),
+        places: Sequence[float] = (),
+        following: Sequence[float] = (),
+        following_probabilities: Sequence[float] = (),
+        further: Sequence[float] = (),
+        further_probabilities: Sequence[float] = (),
+    ) -> _Reading:
+        return _Reading(
+            tokens=[int(token) for token in tokens],
+            log_probabilities=log_probabilities,
+            chances=chances,
+            num_accepted=int(accepted[0]),
+            guesses=_by_heads(guesses, probabilities),
+            following={
+                int(place): DraftToken(int(token), probability, "head2")
+                for place, token, probability in zip(places, following, following_probabilities, strict=True)
+            },
+            further=_by_heads(further, further_probabilities),
+        )
 
     def _emit(self, row: _Row, draft: Sequence[DraftToken], reading: _Reading) -> None:
         """Emit accepted tokens, head 1's token behind them and trusted guesses, until the row ends."""

@@ -20,10 +20,14 @@ class Strategy:
 
     Attributes:
         num_guesses: heads behind head 1 to evaluate after each call.
+        reads_along: whether to evaluate head 2 along the draft, too, not only behind what stands.
+        num_further: heads behind head 1 to evaluate at the draft's end.
         accepts_other_tokens: whether a drafted token that stands may be another than head 1's best.
     """
 
     num_guesses = 0
+    reads_along = False
+    num_further = 0
     accepts_other_tokens = False
 
     def propose(self, drafter: Drafter, emitted: Sequence[int], guesses: Sequence[DraftToken]) -> Sequence[DraftToken]:
@@ -69,8 +73,9 @@ class Verification(Strategy):
     Greedy speculative decoding (Stern et al., arXiv 1811.03115): it emits what `Autoregressive` emits.
     """
 
-    def __init__(self, num_guesses: int):
-        self.num_guesses = num_guesses
+    def __init__(self, num_guesses: int, *, num_further: int = 0):
+        self.num_guesses, self.num_further = num_guesses, num_further
+        self.reads_along = num_guesses > 0
 
     def propose(self, drafter: Drafter, emitted: Sequence[int], guesses: Sequence[DraftToken]) -> Sequence[DraftToken]:
         return drafter.propose(emitted, guesses)
@@ -86,8 +91,8 @@ class RelaxedVerification(Verification):
 
     accepts_other_tokens = True
 
-    def __init__(self, num_guesses: int, *, ratio: float, top: int):
-        super().__init__(num_guesses)
+    def __init__(self, num_guesses: int, *, ratio: float, top: int, num_further: int = 0):
+        super().__init__(num_guesses, num_further=num_further)
         self.ratio, self.top = ratio, top
 
     def agrees(self, draft_BJ: Tensor, tokens_BJ: Tensor, logits_BJV: Tensor) -> Tensor:
@@ -100,6 +105,7 @@ class RelaxedVerification(Verification):
 def build_strategy(options: DecodingOptions, num_heads: int) -> Strategy:
     """The strategy that `options` name, for a model of `num_heads` heads."""
     num_guesses = options.num_heads_used(num_heads) - 1
+    num_further = num_guesses if options.drafts_used == "mtp" else 0  # a reading of CTC's has its own end
     match options.strategy:
         case "autoregressive" | "beam":  # a beam search has a loop of its own
             return Autoregressive()
@@ -107,8 +113,8 @@ def build_strategy(options: DecodingOptions, num_heads: int) -> Strategy:
             assert options.threshold is not None
             return Threshold(num_guesses, options.threshold)
         case "verify":
-            return Verification(num_guesses)
+            return Verification(num_guesses, num_further=num_further)
         case "relaxed":
             assert options.ratio is not None
             assert options.top_used is not None
-            return RelaxedVerification(num_guesses, ratio=options.ratio, top=options.top_used)
+            return RelaxedVerification(num_guesses, ratio=options.ratio, top=options.top_used, num_further=num_further)
