@@ -38,7 +38,7 @@ def rewrite(draft: list[int], *, emitted: int = 0, checked: int | None = None, h
     while further[-1].token != END and len(further) < 4:
         further.append(DraftToken(following(further[-1].token), 0.5, "head"))
     text = rewritten(drafted(draft), verdicts, further, num_accepted, end_token=END)
-    assert [(t.token, t.source) for t in text] == [(t.token, t.source) for t in until_end(text, END)]
+    assert [(t.token, t.source) for t in text] == [(t.token, t.source) for t in until_end(text, {END})]
     return [said[num_accepted], *(token.token for token in text)]
 
 

@@ -32,7 +32,7 @@ from leapasr.decoding.costs import FREE, CallCosts
 from leapasr.decoding.drafts import Drafter
 from leapasr.decoding.guards import Guards
 from leapasr.decoding.interface import Decoder, Prompts
-from leapasr.decoding.loop import DecodingLoop, as_scores, best_tokens
+from leapasr.decoding.loop import DecodingLoop, as_scores, best_tokens, by_heads
 from leapasr.decoding.options import DecodingOptions, DecodingResult, Hypothesis, Truncation
 from leapasr.decoding.rejoin import Rejoining
 from leapasr.decoding.trace import DraftToken, TokenRecord
@@ -328,11 +328,8 @@ class BeamLoop(DecodingLoop):
         logits_BGV = self.decoder.draft_logits(hidden_BD, first_tokens_B, self.num_guesses)
         tokens_BG, log_probs_BG = best_tokens(logits_BGV)
         return [
-            [
-                DraftToken(token, math.exp(value), f"head{k}")
-                for k, (token, value) in enumerate(zip(*row, strict=True), 2)
-            ]
-            for row in zip(tokens_BG.tolist(), log_probs_BG.tolist(), strict=True)
+            by_heads(tokens, map(math.exp, log_probs))
+            for tokens, log_probs in zip(tokens_BG.tolist(), log_probs_BG.tolist(), strict=True)
         ]
 
     def _draft_nodes(

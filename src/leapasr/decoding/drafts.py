@@ -14,7 +14,7 @@ from typing import Protocol
 
 from leapasr.decoding.options import DecodingOptions
 from leapasr.decoding.rejoin import Rejoining
-from leapasr.decoding.rewriting import HEARD, POSSIBLE, Verdict, rewritten, until_end
+from leapasr.decoding.rewriting import POSSIBLE, Verdict, rewritten, until_end
 from leapasr.decoding.trace import DraftToken
 
 ROUNDS = 2  # of guesses of all heads: as many tokens are in their draft at most
@@ -69,7 +69,7 @@ class MTPDrafter:
 
     def propose(self, emitted: Sequence[int], guesses: Sequence[DraftToken]) -> Sequence[DraftToken]:
         text = [*self._next, *guesses[len(self._next) :]]
-        self._proposed = until_end(text, self.end_token)[: ROUNDS * len(guesses)]
+        self._proposed = until_end(text, (self.end_token,))[: ROUNDS * len(guesses)]
         return self._proposed
 
     def review(self, verdicts: Sequence[Verdict], num_accepted: int, further: Sequence[DraftToken]) -> None:
@@ -129,12 +129,10 @@ class CTCDrafter:
             is_first = place == num_accepted
             if verdict.token == self.end_token or not (is_first or agrees[place - 1]):
                 continue  # right behind a wrong token, what is said goes on from that
+            correction, following = verdict.instead(drafted), verdict.believed
             if agrees[place]:
-                self._correct(index, [drafted._replace(probability=verdict.probability)])
-                continue
-            correction = DraftToken(verdict.token, verdict.probability, "jacobi")
-            following = verdict.following if verdict.following and verdict.following.probability >= HEARD else None
-            if following and following.token == drafted.token:
+                self._correct(index, [correction])
+            elif following and following.token == drafted.token:
                 self._correct(index, [correction, drafted])  # one is missing
             elif following and behind < len(said) and following.token == said[behind][1].token:
                 self._correct(index + 1, [following])

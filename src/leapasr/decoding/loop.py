@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple
 
@@ -26,7 +26,7 @@ from leapasr.decoding.drafts import Drafter, MTPDrafter
 from leapasr.decoding.guards import Guards, guard_rows
 from leapasr.decoding.interface import Decoder, Prompts
 from leapasr.decoding.options import DecodingOptions, DecodingResult, Truncation
-from leapasr.decoding.rewriting import Verdict
+from leapasr.decoding.rewriting import Verdict, until_end
 from leapasr.decoding.strategies import Strategy, build_strategy
 from leapasr.decoding.trace import DraftToken, TokenRecord
 from leapasr.model.speech_llama import join_positions, join_rows
@@ -111,7 +111,7 @@ class _Reading(NamedTuple):
         return [first, *self.further]
 
 
-def _by_heads(tokens: Sequence[float], probabilities: Sequence[float]) -> list[DraftToken]:
+def by_heads(tokens: Iterable[float], probabilities: Iterable[float]) -> list[DraftToken]:
     """One token of each of heads 2, 3, …"""
     return [
         DraftToken(int(token), probability, f"head{k}")
@@ -299,10 +299,7 @@ class DecodingLoop:
         """What the row's next call verifies: nothing that could not be emitted."""
         draft = self.strategy.propose(row.drafter, row.tokens, row.guesses)
         room = row.guards.max_tokens - len(row.tokens) - 1  # the bonus token takes one
-        for index, drafted in enumerate(draft[:room]):
-            if drafted.token in self.decoder.end_tokens:
-                return draft[: index + 1]
-        return draft[:room]
+        return until_end(draft[:room], self.decoder.end_tokens)
 
     def _worthwhile(self, drafts: Sequence[Sequence[DraftToken]], width: int) -> list[Sequence[DraftToken]]:
         """Each row's draft as far as it is worth making a call of this `width` wider."""
@@ -392,12 +389,12 @@ class DecodingLoop:
             log_probabilities=log_probabilities,
             chances=chances,
             num_accepted=int(accepted[0]),
-            guesses=_by_heads(guesses, probabilities),
+            guesses=by_heads(guesses, probabilities),
             following={
                 int(place): DraftToken(int(token), probability, "head2")
                 for place, token, probability in zip(places, following, following_probabilities, strict=True)
             },
-            further=_by_heads(further, further_probabilities),
+            further=by_heads(further, further_probabilities),
         )
 
     def _emit(self, row: _Row, draft: Sequence[DraftToken], reading: _Reading) -> None:

@@ -6,7 +6,7 @@ there: given a prefix that is not the text's, but the same speech. From these sa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from leapasr.decoding.trace import DraftToken
@@ -30,6 +30,16 @@ class Verdict:
     probability: float
     chance: float
     following: DraftToken | None = None
+
+    @property
+    def believed(self) -> DraftToken | None:
+        """`following`, if head 2 is sure enough of it."""
+        return self.following if self.following and self.following.probability >= HEARD else None
+
+    def instead(self, drafted: DraftToken) -> DraftToken:
+        """Head 1's token for the drafted one: the same, as sure as head 1 is, or a correction (source ``jacobi``)."""
+        source = drafted.source if self.token == drafted.token else "jacobi"
+        return DraftToken(self.token, self.probability, source)
 
 
 def rewritten(
@@ -56,22 +66,17 @@ def rewritten(
         tokens up to end-of-text, if it comes to that; those that head 1 corrected are of source ``jacobi``.
     """
     num_checked = len(verdicts)
-    said = [
-        drafted._replace(probability=verdict.probability)
-        if verdict.token == drafted.token
-        else DraftToken(verdict.token, verdict.probability, "jacobi")
-        for drafted, verdict in zip(draft, verdicts, strict=False)
-    ]
+    said = [verdict.instead(drafted) for drafted, verdict in zip(draft, verdicts, strict=False)]
     said.append(further[0])
     text: list[DraftToken] = []
     place, last = num_accepted, said[num_accepted].token
     while place < num_checked and last != end_token:
         drafted, verdict = draft[place], verdicts[place]
-        following = verdict.following if verdict.token == last else None
+        following = verdict.believed if verdict.token == last else None
         if drafted.token == last:
             place += 1
             text.append(said[place])
-        elif following is not None and following.probability >= HEARD:
+        elif following:
             place = _next_place(following.token, draft, verdicts, place)
             text.append(following)
         elif said[place + 1].token == last:
@@ -87,7 +92,7 @@ def rewritten(
         return text
     behind = [further[0], *draft[num_checked + 1 :]] if num_checked < len(draft) else further
     met = next((n + 1 for n, token in enumerate(behind) if token.token == last), 0)
-    return until_end([*text, *behind[met:]], end_token)
+    return until_end([*text, *behind[met:]], (end_token,))
 
 
 def _next_place(token: int, draft: Sequence[DraftToken], verdicts: Sequence[Verdict], place: int) -> int:
@@ -105,7 +110,7 @@ def _goes_on(draft: Sequence[DraftToken], verdicts: Sequence[Verdict], place: in
     return place < len(verdicts) and verdicts[place].token == draft[place].token
 
 
-def until_end(draft: Sequence[DraftToken], end_token: int) -> list[DraftToken]:
+def until_end(draft: Sequence[DraftToken], end_tokens: Collection[int]) -> list[DraftToken]:
     """`draft` up to its first end-of-text, that included."""
-    end = next((place for place, drafted in enumerate(draft) if drafted.token == end_token), len(draft))
+    end = next((place for place, drafted in enumerate(draft) if drafted.token in end_tokens), len(draft))
     return list(draft[: end + 1])
