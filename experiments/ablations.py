@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -81,10 +80,9 @@ def variants(arguments: argparse.Namespace) -> list[Variant]:
 
 
 def train(variant: Variant, folder: Path, arguments: argparse.Namespace) -> None:
-    """Train `variant` in `folder`, if that was not done before; of the training, its model and its seconds stay."""
-    if (folder / "seconds.json").exists():
+    """Train `variant` in `folder`, if that was not done before; of the training, its model and its log stay."""
+    if (folder / "trained").exists():
         return
-    start = time.perf_counter()
     trainer = prepare(
         variant.model, variant.stages, manifests=variant.manifests, dev=(), text=arguments.text, output=folder,
         seed=arguments.seed, report=lambda message: None,
@@ -95,7 +93,7 @@ def train(variant: Variant, folder: Path, arguments: argparse.Namespace) -> None
         state = {name: value for name, value in fresh.items() if name.startswith(variant.random)}
         trainer.model.load_state_dict(state, strict=False)
     trainer.run()
-    (folder / "seconds.json").write_text(json.dumps(time.perf_counter() - start))
+    (folder / "trained").touch()
     for stage in variant.stages:
         shutil.rmtree(folder / stage.name)
     (folder / "checkpoint.pt").unlink()
@@ -119,7 +117,6 @@ def score(variant: Variant, folder: Path, dev: Sequence[Cut]) -> dict[str, Any]:
         "wer_high": reports[0].wer_high,
         "call_reduction_mtp": reports[1].call_reduction if len(reports) > 1 else None,
         "call_reduction_both": reports[-1].call_reduction,
-        "training_seconds": json.loads((folder / "seconds.json").read_text()),
     }
     done.write_text(json.dumps(figures))
     return figures
@@ -136,16 +133,14 @@ def page(rows: Sequence[dict[str, Any]], arguments: argparse.Namespace, num_dev:
         "what helps early, not where training ends. Call reduction by verification, with drafts of the heads alone, "
         "and of heads and CTC.",
         "",
-        "| run | CTC greedy WER % | decoder WER % (95% interval) | calls, heads | calls, heads and CTC | minutes |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| run | CTC greedy WER % | decoder WER % (95% interval) | calls, heads | calls, heads and CTC |",
+        "| --- | --- | --- | --- | --- |",
     ]
     for row in rows:
         wer = f"{100 * row['wer']:.1f} ({100 * row['wer_low']:.1f} to {100 * row['wer_high']:.1f})"
         calls = " | ".join("–" if row[f"call_reduction_{source}"] is None else f"{row[f'call_reduction_{source}']:.2f}x"
                            for source in ("mtp", "both"))  # fmt: skip
-        lines.append(
-            f"| {row['name']} | {100 * row['ctc_wer']:.1f} | {wer} | {calls} | {row['training_seconds'] / 60:.0f} |"
-        )
+        lines.append(f"| {row['name']} | {100 * row['ctc_wer']:.1f} | {wer} | {calls} |")
     return "\n".join(lines) + "\n"
 
 
