@@ -21,8 +21,9 @@ from lhotse.cut import Cut
 
 from leapasr.data.manifests import read_manifest, spread
 from leapasr.decoding import DecodingOptions
-from leapasr.evaluation.evaluate import NORMALIZER, PLAIN, Report, Strategy, evaluate
+from leapasr.evaluation.evaluate import Report, Strategy, evaluate
 from leapasr.evaluation.scoring import count_errors, word_error_rate, word_error_rate_difference
+from leapasr.text import NORMALIZER, PLAIN
 from leapasr.transcriber import Transcriber, load
 
 STRATEGIES: tuple[Strategy, ...] = (

@@ -451,7 +451,8 @@ def test_the_prompt_is_the_speech_then_begin_of_text():
     features, lengths, _ = inputs(model)
     with torch.no_grad():
         encoding = model.encode(features, lengths)
-        prompt, prompt_lengths, positions = model.prompt(encoding)
+        prompt, prompt_lengths, positions, memory, memory_lengths = model.prompt(encoding)
+        assert memory is memory_lengths is None
     assert prompt_lengths.tolist() == [n + 1 for n in encoding.lengths_B.tolist()] == [13, 9]
     begin = model.get_input_embeddings().weight[BOS]
     for row, length in enumerate(prompt_lengths.tolist()):

@@ -11,9 +11,9 @@ from leapasr.audio import read_audio
 from leapasr.chunks import Chunk
 from leapasr.decoding import DecodingOptions
 from leapasr.decoding.reference import beam_reference, decode_reference, full_forward
-from leapasr.evaluation.evaluate import NORMALIZER
 from leapasr.evaluation.scoring import count_errors
 from leapasr.model.speech_llama import SpeechLlamaForConditionalGeneration
+from leapasr.text import NORMALIZER
 from leapasr.transcriber import load
 
 PACKAGE = Path(str(importlib.resources.files("leapasr")))

@@ -165,6 +165,23 @@ def test_heads_are_fitted_to_a_frozen_model(data, trained, head_type, draft_laye
         assert any(not torch.equal(weight, after[name]) for name, weight in own.items())
 
 
+@pytest.mark.parametrize("num_heads", [1, 3])
+def test_all_of_a_model_is_trained_for_fewer_word_errors(data, trained, num_heads):
+    settings = {"nbest": 2, "reference": True, "calls_weight": 0.1 if num_heads > 1 else None}
+    arguments = from_model(data, trained, "mwer") | {"num_heads": num_heads, "updates": 2}
+    folder = train("mwer", **arguments, **settings)
+    before, after = saved_state(trained), saved_state(folder)
+    for part in ("encoder.", "adapter.", "ctc_head.", "decoder."):
+        assert any(not torch.equal(before[name], after[name]) for name in after if name.startswith(part)), part
+    assert any(name.startswith("mtp_heads.") for name in after) == (num_heads > 1)
+    (logged,) = [json.loads(line) for line in (folder.parent / "metrics.jsonl").read_text().splitlines()]
+    figures = {"errors_expected", "errors_first", "errors_oracle", "search_calls", "search_seconds", "ce_1", "ctc"}
+    assert figures <= logged.keys()
+    assert ("calls_expected" in logged) == (num_heads > 1)
+    assert logged["errors_oracle"] <= min(logged["errors_expected"], logged["errors_first"])
+    assert logged["errors_oracle"] == 0  # the reference is in the list
+
+
 def training_logits(model, num_heads: int) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(3)
     size = model.config.decoder_config.hidden_size
@@ -220,8 +237,8 @@ def test_cached_frames_give_the_same_loss(trained, data, tmp_path):
     heard = SpeechBatches(plan, processor, NO_AUGMENTATION, seed=1, epoch=0)
     cached = FrameBatches(plan, processor, EncoderCache(tmp_path / "frames", model.encoder, processor))
     assert len(heard) == len(cached) > 1
-    for task in ("ctc", "joint", "heads"):
-        losses = StageTask(model, Stage("any", task, updates=1, batch=25, learning_rate=1e-3))
+    for task in ("ctc", "joint", "heads", "mwer"):
+        losses = StageTask(model, processor, Stage("any", task, updates=1, batch=25, learning_rate=1e-3))
         for index in range(2):
             expected, got = losses(heard[index]), losses(cached[index])
             assert expected.total > 0.1
@@ -304,7 +321,7 @@ def test_an_interrupted_cache_keeps_whole_shards(data, trained, tmp_path, monkey
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"preset": "huge"}, "unknown preset 'huge': choose one of tiny, scratch, base, heads"),
+        ({"preset": "huge"}, "unknown preset 'huge': choose one of tiny, scratch, base, heads, mwer"),
         ({"stages": "ctc,mwer"}, "unknown stages mwer: this preset has language, text, ctc, encoder, joint"),
         ({"updates": 0}, "updates must be at least 1, got 0"),
         ({"text": []}, "the stage 'language' has no text"),
@@ -317,6 +334,8 @@ def test_an_interrupted_cache_keeps_whole_shards(data, trained, tmp_path, monkey
         ({"num_heads": 0}, "num_heads must be at least 1"),
         ({"head_type": "medusa"}, "unknown head_type 'medusa'"),
         ({"preset": "heads", "encoder": None}, "give --init MODEL"),
+        ({"preset": "mwer", "encoder": None}, "give --init MODEL"),
+        ({"nbest": 4, "reference": True}, "nbest, reference: for MWER training alone; choose --preset mwer"),
         ({"preset": "heads", "encoder": None, "initial_model": Path("nowhere")}, "nowhere is no folder"),
         ({"initial_model": Path("nowhere")}, "has an encoder already"),
         ({"encoder_cache": Path("frames")}, "stage 'ctc' augments its audio"),
@@ -346,6 +365,14 @@ def test_heads_need_more_than_one(data, trained):
     one = train("scratch", **from_model(data, trained, "one"), stages="ctc", num_heads=1)
     with pytest.raises(ValueError, match=r"head 1 alone \(K = 1\).*give --heads K"):
         train("heads", **from_model(data, one, "heads"))
+
+
+def test_settings_of_mwer_that_cannot_be(data, trained):
+    arguments = from_model(data, trained, "mwer")
+    with pytest.raises(ValueError, match=r"head 1 alone \(K = 1\), which saves no call: leave out"):
+        train("mwer", **arguments, num_heads=1, calls_weight=0.1)
+    with pytest.raises(ValueError, match="of a list of 1 there is nothing to choose"):
+        train("mwer", **arguments, nbest=1)
 
 
 def test_a_loss_that_is_not_finite_ends_training(data, trained):
@@ -397,3 +424,13 @@ def test_command_line(data):
     result = CliRunner().invoke(app, [*heads, "--init", "nowhere"])
     assert result.exit_code != 0
     assert "nowhere is no folder" in result.output
+    mwer = ["train", "--preset", "mwer", "--init", str(output / "heads" / "model"), "--manifest", data["manifests"][0]]
+    mwer += ["--output", str(output / "mwer"), "--no-compile", "--precision", "fp32", "--updates", "1"]
+    mwer += ["--nbest", "2", "--reference", "--calls-weight", "0.1", "--ce-weight", "0.5"]
+    result = CliRunner().invoke(app, mwer)
+    assert result.exit_code == 0, result.output
+    (logged,) = [json.loads(line) for line in (output / "mwer" / "metrics.jsonl").read_text().splitlines()]
+    assert logged["errors_oracle"] == 0 < logged["calls_expected"]
+    result = CliRunner().invoke(app, [*mwer, "--nbest", "1", "--no-reference"])
+    assert result.exit_code == 2
+    assert "of a list of 1 there is nothing to choose" in result.output

@@ -18,7 +18,7 @@ from transformers import WhisperFeatureExtractor
 
 from leapasr import config
 from leapasr.audio import SAMPLE_RATE
-from leapasr.config import Stage, TrainingConfig, small_llama
+from leapasr.config import MWER, Stage, TrainingConfig, small_llama
 from leapasr.data.augmentation import NO_AUGMENTATION, Augmentation
 from leapasr.data.batches import Source
 from leapasr.data.manifests import read_manifest
@@ -27,6 +27,7 @@ from leapasr.model.configuration import SpeechLlamaConfig
 from leapasr.model.processing import SpeechLlamaProcessor
 from leapasr.model.speech_llama import SpeechLlamaForConditionalGeneration
 from leapasr.training import trainer as trainer_module
+from leapasr.training.mwer import hypothesize, read_lists
 from leapasr.training.run import usable
 from leapasr.training.tokenizer import train_tokenizer
 from leapasr.training.trainer import Trainer, TrainingError, save_atomically
@@ -37,7 +38,7 @@ STAGES = tuple(
     Stage(
         task, task, updates=3, batch=60 if task == "text" else 3, learning_rate=1e-2, warmup=2, averaging=0.5, slips=0.1
     )
-    for task in ("text", "ctc", "joint", "heads")
+    for task in ("text", "ctc", "joint", "heads", "mwer")
 )  # with augmentation and slips: random choices must be the same in a resumed run
 
 
@@ -109,9 +110,9 @@ def stop_before_update(monkeypatch, total):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("task", ["language", "text", "ctc", "joint", "heads"])
+@pytest.mark.parametrize("task", ["language", "text", "ctc", "joint", "heads", "mwer"])
 def test_every_stage_lowers_its_loss(tmp_path, manifest, processor, task, precision):
-    stage = stage_of(task, updates=40, averaging=0.0)
+    stage = stage_of(task, updates=40, averaging=0.0, mwer=MWER(nbest=2, ce_weight=0.5))
     trainer = make_trainer(tmp_path, manifest, processor, stages=(stage,), precision=precision, seed=3)
     trainer.dev = trainer.sources[0].cuts  # a toy is learnt by heart
     before = trainer.evaluate(stage)
@@ -123,9 +124,11 @@ def test_every_stage_lowers_its_loss(tmp_path, manifest, processor, task, precis
         "ctc": ["ctc"],
         "joint": ["ctc", "ce_1", "ce_2", "ce_3", "ce_4"],
         "heads": ["ce_2", "ce_3", "ce_4"],
+        "mwer": ["errors_expected", "ctc", "ce_1", "ce_2", "ce_3", "ce_4"],
     }[task]
-    for name in losses:  # a head on a random, frozen decoder learns little
-        assert after[name] < (0.95 if task == "heads" else 0.8) * before[name], (name, before[name], after[name])
+    for name in losses:  # a head on a random, frozen decoder learns little, and one that writes little errs little
+        share = 0.95 if task == "heads" or name == "errors_expected" else 0.8
+        assert after[name] < share * before[name], (name, before[name], after[name])
     if task == "heads":
         assert after["ce_1"] == before["ce_1"]
     logged = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -136,6 +139,28 @@ def test_every_stage_lowers_its_loss(tmp_path, manifest, processor, task, precis
     assert list((tmp_path / "tensorboard").iterdir())
 
 
+def test_the_loss_of_mwer_is_of_all_its_parts(tmp_path, manifest, processor):
+    model = new_model()
+    settings = MWER(nbest=2, reference=True, ce_weight=0.3, calls_weight=0.2)
+    stage = stage_of("mwer", ctc_weight=0.7, mwer=settings)
+    stage = replace(stage, slips=0.0)
+    batch = make_trainer(tmp_path, manifest, processor, model=model)._dataset(stage, 0)[0]
+    task = trainer_module.StageTask(model, processor, stage)
+    encoding, end = task.encode(batch), {"end_token_id": model.config.eos_token_id}
+    found = hypothesize(model, processor, encoding, batch, nbest=2, with_reference=True)
+    logits, risk, _ = read_lists(model, encoding, found, batch.text_ids, calls_weight=0.2)
+    ctc = trainer_module.ctc_loss(
+        encoding.ctc_logits_BTV, encoding.ctc_lengths_B, batch.text_ids, batch.text_lengths,
+        blank=model.config.blank_token_id,
+    )  # fmt: skip
+    ce, *_ = trainer_module.mtp_loss(logits, batch.text_ids, batch.text_lengths, weights=stage.weights(4), **end)
+    losses = task(batch)
+    assert losses.total.item() == pytest.approx((risk + 0.7 * ctc + 0.3 * ce).item(), rel=1e-5)
+    assert losses.figures["errors_oracle"] == 0
+    with torch.no_grad():  # in evaluation the reference is not in the lists
+        assert task(batch).figures["errors_oracle"] > 0
+
+
 def test_a_language_model_reads_nothing_but_its_texts(tmp_path, manifest, processor):
     trainer = make_trainer(tmp_path, manifest, processor)
     for task, reads in (("language", False), ("text", True)):
@@ -144,7 +169,7 @@ def test_a_language_model_reads_nothing_but_its_texts(tmp_path, manifest, proces
 
 
 def test_the_decoder_reads_slips_in_training_alone(processor):
-    task = trainer_module.StageTask(new_model(), stage_of("text", slips=0.5))
+    task = trainer_module.StageTask(new_model(), processor, stage_of("text", slips=0.5))
     batch = trainer_module.MisreadBatches(TEXTS, processor, batch_tokens=300, seed=1, epoch=0)[0]
     assert not torch.equal(task.read(batch), batch.text_ids)
     with torch.no_grad():
@@ -160,6 +185,7 @@ def test_the_decoder_reads_slips_in_training_alone(processor):
         ("ctc", ("encoder.", "adapter.", "ctc_head.")),
         ("joint", ("encoder.", "adapter.", "ctc_head.", "speech_projection.", "decoder.", "mtp_heads.")),
         ("heads", ("mtp_heads.",)),
+        ("mwer", ("encoder.", "adapter.", "ctc_head.", "speech_projection.", "decoder.", "mtp_heads.")),
     ],
 )
 def test_a_stage_leaves_other_weights_bit_identical(tmp_path, manifest, processor, task, trained, precision):
@@ -198,21 +224,21 @@ def test_interrupted_at_every_update_and_resumed(tmp_path, manifest, processor, 
     make_trainer(tmp_path / "whole", manifest, processor, model=new_model(tied=tied), **options).run()
     options["checkpoint_minutes"] = 0
     num_runs = 0
-    while not (tmp_path / "parts" / "heads").exists():
+    while not (tmp_path / "parts" / "mwer").exists():
         with monkeypatch.context() as patch:
             stop_before_update(patch, 2)  # one update a run
             # the weights must come from the checkpoint: but for the first run, the model that is given is another
             model = new_model(tied=tied, seed=1 if num_runs == 0 else 100 + num_runs)
             trainer = make_trainer(tmp_path / "parts", manifest, processor, model=model, **options)
-            if num_runs < 11:
+            if num_runs < 14:
                 with pytest.raises(KeyboardInterrupt):
                     trainer.run()
             else:
                 trainer.run()
         num_runs += 1
-    assert num_runs == 12
+    assert num_runs == 15
     whole, parts = weights_of(tmp_path / "whole"), weights_of(tmp_path / "parts")
-    assert whole.keys() == {f"{name}/model.safetensors" for name in ("text", "ctc", "joint", "heads", "model")}
+    assert whole.keys() == {f"{name}/model.safetensors" for name in ("text", "ctc", "joint", "heads", "mwer", "model")}
     for name, data in whole.items():
         assert parts[name] == data, name
 
@@ -306,11 +332,64 @@ def interrupted(tmp_path, manifest, processor, monkeypatch):
     return tmp_path
 
 
+ONE_OF_TWO = """
+    import hashlib, os, sys
+    from pathlib import Path
+    sys.path.insert(0, {tests!r})
+    import test_training as t
+
+    def say(*words):
+        os.write(1, (" ".join(map(str, words)) + chr(10)).encode())  # the lines of two processes, each whole
+
+    t.torch.set_num_threads(1)
+    to_device = t.trainer_module._to_device
+
+    def heard(batch, device):
+        if t.torch.is_grad_enabled():
+            say("heard", trainer.stage_index, trainer.update, *batch.ids)
+        return to_device(batch, device)
+
+    t.trainer_module._to_device = heard
+    processor = t.SpeechLlamaProcessor.from_pretrained({processor!r})
+    trainer = t.make_trainer(Path({output!r}), Path({manifest!r}), processor, model=t.new_model(seed=7))
+    trainer.run()
+    digest = hashlib.sha256()
+    for value in trainer.model.state_dict().values():
+        digest.update(value.numpy().tobytes())
+    say("weights", trainer.accelerator.num_processes, digest.hexdigest())
+"""
+
+
+def test_two_processes_go_on_with_what_one_began(interrupted, tmp_path_factory, manifest, processor):
+    folder = tmp_path_factory.mktemp("two")
+    processor.save_pretrained(folder / "processor")
+    script = textwrap.dedent(ONE_OF_TWO).format(
+        tests=str(Path(__file__).parent), processor=str(folder / "processor"), output=str(interrupted),
+        manifest=str(manifest),
+    )  # fmt: skip
+    (folder / "train.py").write_text(script)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, str(folder / "train.py")], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = [line.split() for line in done.stdout.splitlines()]
+    weights = [line[1:] for line in lines if line and line[0] == "weights"]
+    assert [num_processes for num_processes, _ in weights] == ["2", "2"]
+    assert len({digest for _, digest in weights}) == 1
+    heard = {}
+    for _, stage, update, *ids in (line for line in lines if line and line[0] == "heard"):
+        heard.setdefault((int(stage), int(update)), []).append({name.partition("#")[0] for name in ids})
+    assert sorted(heard) == [(1, 2), *((stage, update) for stage in (2, 3, 4) for update in range(3))]
+    for of_both in heard.values():  # an epoch of two batches: each process has one of them
+        assert [len(ids) for ids in of_both] == [3, 3]
+        assert set.union(*of_both) == {f"toy-{n}" for n in range(6)}
+
+
 def test_a_checkpoint_of_another_run(interrupted, manifest, processor):
     before = (interrupted / "checkpoint.pt").read_bytes()
     with pytest.raises(TrainingError, match=r"another architecture: size mismatch for mtp_heads.* another --output"):
         make_trainer(interrupted, manifest, processor, model=new_model(num_heads=2)).run()
-    with pytest.raises(TrainingError, match="of a run of the stages text, ctc, joint, heads, not ctc; train into"):
+    with pytest.raises(TrainingError, match=r"of a run of the stages text, .*, mwer, not ctc; train into"):
         make_trainer(interrupted, manifest, processor, stages=STAGES[1:2]).run()
     frozen = (STAGES[0], replace(STAGES[1], frozen_encoder_layers=None), *STAGES[2:])
     with pytest.raises(TrainingError, match="written while stage 'ctc' trained other weights"):

@@ -16,7 +16,8 @@ from leapasr.audio import SAMPLE_RATE, AudioError
 from leapasr.chunks import SHORTEST_SECONDS, by_length, cut_recording, windows
 from leapasr.decoding import DecodingOptions, decode
 from leapasr.decoding.ctc import align_ctc, greedy_ctc
-from leapasr.transcriber import MAX_TOKENS_AT_LEAST, MAX_TOKENS_PER_SECOND, load
+from leapasr.decoding.guards import MAX_TOKENS_AT_LEAST, MAX_TOKENS_PER_SECOND
+from leapasr.transcriber import load
 from leapasr.transcription import timed_words, token_times
 
 AUTOREGRESSIVE = DecodingOptions(strategy="autoregressive")

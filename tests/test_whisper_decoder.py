@@ -25,6 +25,7 @@ from leapasr.model.speech_llama import SpeechLlamaForConditionalGeneration
 from leapasr.model.whisper_decoder import WhisperDecoder
 from leapasr.training.run import train
 from leapasr.training.tokenizer import BEGIN, END, PAD, frequent_tokens
+from leapasr.training.trainer import OF_CTC
 
 SAMPLES = Path(leapasr.__file__).parent / "samples"
 NUM_PAIRS = 340  # byte-pair tokens of the test's Whisper
@@ -208,6 +209,18 @@ def test_in_training_a_row_gets_what_it_gets_alone(built):
             assert torch.allclose(logits_BUV[row], logits_1UV[0], atol=1e-9)
 
 
+@torch.no_grad()
+def test_texts_side_by_side_are_read_as_each_alone(built):
+    model, _ = built
+    encoding = model.encode(*features(3))
+    texts = torch.randint(KEPT, (3, 4, 9), generator=torch.Generator().manual_seed(3))
+    together = model.read_texts(*encoding.prefix, texts)
+    for n in range(4):
+        logits = model.head_logits(together[:, n], texts[:, n])
+        for ours, alone in zip(logits, model.read_text(*encoding.prefix, texts[:, n]), strict=True):
+            assert torch.allclose(ours, alone, atol=1e-9)
+
+
 def test_saved_and_loaded_it_is_the_same(built, tmp_path):
     model, _ = built
     model.save_pretrained(tmp_path)
@@ -283,6 +296,15 @@ def test_the_preset_trains_it(tmp_path, monkeypatch):
     ):
         assert not torch.equal(trained.state_dict()[name], before.state_dict()[name]), name
     assert trained.text_positions.num_embeddings == 447
+    no_drafts = train(
+        "mwer", output=tmp_path / "mwer", manifests=[str(manifest)], initial_model=folder, updates=1, draft_layers=0,
+        precision="fp32", compile=False, num_workers=0,
+    )  # fmt: skip
+    after = SpeechLlamaForConditionalGeneration.from_pretrained(no_drafts).state_dict()
+    for name, value in trained.state_dict().items():
+        if name.startswith(OF_CTC):  # nothing reads it without draft layers: it is not to decay, either
+            assert torch.equal(after[name], value), name
+    assert not torch.equal(after["decoder.model.norm.weight"], trained.state_dict()["decoder.model.norm.weight"])
 
 
 class TestTokenizer:

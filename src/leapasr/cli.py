@@ -333,7 +333,8 @@ def train(
         str,
         typer.Option(
             help="tiny (what ships: a Whisper, decoder and all), scratch (a new decoder behind a Whisper encoder), "
-            "base (the paper's scale), or heads (on the frozen --init model)."
+            "base (the paper's scale), heads (on the frozen --init model), or mwer (all of the --init model, for "
+            "fewer word errors)."
         ),
     ] = "tiny",
     manifest: Annotated[
@@ -355,6 +356,17 @@ def train(
     stages: Annotated[str | None, typer.Option(help="Only these stages of the preset, by commas.")] = None,
     updates: Annotated[int | None, typer.Option(min=1, help="Updates of every stage, instead of the preset's.")] = None,
     augmentation: Annotated[bool, typer.Option(help="Vary speed, noise, room, and mask features.")] = True,
+    nbest: Annotated[int | None, typer.Option(min=1, help="For mwer: hypotheses of a list (4).")] = None,
+    reference: Annotated[
+        bool | None, typer.Option(help="For mwer: whether the reference joins each list (no).")
+    ] = None,
+    ce_weight: Annotated[
+        float | None, typer.Option(min=0, help="For mwer: weight of the cross-entropy on the reference (1).")
+    ] = None,
+    calls_weight: Annotated[
+        float | None,
+        typer.Option(min=0, help="For mwer: word errors that a decoder call weighs, for heads 2 to K (0)."),
+    ] = None,
     encoder_cache: Annotated[
         Path | None, typer.Option(help="Folder to keep a frozen encoder's output in; needs --no-augmentation.")
     ] = None,
@@ -381,6 +393,10 @@ def train(
             stages=stages,
             updates=updates,
             augment=augmentation,
+            nbest=nbest,
+            reference=reference,
+            ce_weight=ce_weight,
+            calls_weight=calls_weight,
             encoder_cache=encoder_cache,
             precision=precision,
             compile=compile,

@@ -12,7 +12,35 @@ from transformers import LlamaConfig, ParakeetEncoderConfig, PreTrainedConfig
 from leapasr.data.augmentation import NO_AUGMENTATION, Augmentation
 from leapasr.model.whisper_decoder import WhisperDecoder
 
-Task = Literal["language", "text", "ctc", "joint", "heads"]
+Task = Literal["language", "text", "ctc", "joint", "heads", "mwer"]
+
+
+@dataclass(frozen=True)
+class MWER:
+    """Minimum word error rate training on N-best lists: of word errors, the mean over utterances of Σ_i p̂_i (W_i − W̄).
+
+    nbest: N, the size of the beam; all of its hypotheses are the list.
+    reference: whether the reference joins the lists in training, where it is not there.
+    ce_weight: λ, weight of the cross-entropy a token of the K heads on the reference.
+    calls_weight: word errors that a decoder call weighs: of those that verification has to expect for an utterance of
+        the list (`expected_calls`). It teaches further heads alone.
+
+    Raises:
+        ValueError: fewer than two hypotheses, the reference counted, or a negative weight.
+    """
+
+    nbest: int = 4
+    reference: bool = False
+    ce_weight: float = 1.0
+    calls_weight: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.nbest < 1:
+            raise ValueError(f"nbest must be at least 1, got {self.nbest}")
+        if self.nbest + self.reference < 2:
+            raise ValueError("of a list of 1 there is nothing to choose: give nbest 2 or more, or add the reference")
+        if min(self.ce_weight, self.calls_weight) < 0:
+            raise ValueError(f"weights must not be negative, got {self.ce_weight} and {self.calls_weight}")
 
 
 @dataclass(frozen=True)
@@ -21,7 +49,7 @@ class Stage:
 
     task: ``language`` (decoder and head 1, as a language model), ``text`` (decoder and heads on misread text),
         ``ctc`` (encoder, adapter and CTC head), ``joint`` (everything: CTC and the K heads), ``heads`` (heads 2..K of
-        a frozen model).
+        a frozen model), ``mwer`` (everything, as ``joint``, for the least word errors to be expected: see `MWER`).
     updates: optimizer updates.
     batch: seconds of audio in an update (with padding), or text tokens.
     learning_rate: the peak; linear warm-up over `warmup` updates, then linear decay to `final_lr` of it.
@@ -31,6 +59,7 @@ class Stage:
         head k.
     ctc_weight: weight of the CTC loss beside it.
     slips: probability that a token which the decoder reads in training is not the right one (`with_slips`).
+    mwer: the lists and the loss of the task ``mwer``.
     """
 
     name: str
@@ -48,6 +77,7 @@ class Stage:
     max_norm: float = 2.0
     averaging: float = 0.999
     augmentation: Augmentation = field(default_factory=Augmentation)
+    mwer: MWER = field(default_factory=MWER)
 
     @property
     def reads_text(self) -> bool:
@@ -159,6 +189,14 @@ LIGHT = Augmentation(
 )  # fmt: skip
 
 
+# little, where Whisper's weights are: its token embeddings are small, and a step of Adam has one size for all
+WHISPER_SCALES = {
+    "encoder.": 0.1, "decoder.": 0.1, "decoder.model.embed_tokens.": 0.01, "decoder.lm_head.": 0.01,
+    "speech_projection.projection.": 0.05, "soft_prompt.": 0.05, "text_positions.": 0.05, "draft_layers.": 0.1,
+    "mtp_heads.": 2.0,
+}  # fmt: skip
+
+
 def tiny(encoder: str | None = None) -> tuple[ModelPreset, tuple[Stage, ...]]:
     """What ships: a pretrained Whisper (`encoder`; tiny.en), its decoder rewritten as a LLaMA, K = 8."""
     model = ModelPreset(
@@ -171,19 +209,13 @@ def tiny(encoder: str | None = None) -> tuple[ModelPreset, tuple[Stage, ...]]:
             "num_heads": 8, "head_type": "latent", "draft_layers": 2,
         },
     )  # fmt: skip
-    # little, where Whisper's weights are: its token embeddings are small, and a step of Adam has one size for all
-    scales = {
-        "encoder.": 0.1, "decoder.": 0.1, "decoder.model.embed_tokens.": 0.01, "decoder.lm_head.": 0.01,
-        "speech_projection.projection.": 0.05, "soft_prompt.": 0.05, "text_positions.": 0.05, "draft_layers.": 0.1,
-        "mtp_heads.": 2.0,
-    }  # fmt: skip
     stages = (
         # CTC leaves its all-blank plateau after 100 updates; the encoder must not move before that
         Stage("ctc", "ctc", updates=400, batch=65, learning_rate=1e-3, warmup=40, frozen_encoder_layers=None,
               lr_scale={"ctc_head.": 0.3}),
         # Whisper gets used to short inputs; until further heads know what comes when, they must not pull at head 1
         Stage("settle", "joint", updates=300, batch=65, learning_rate=4e-4, warmup=50, final_lr=1.0, averaging=0.98,
-              lr_scale=scales, head_weights=0.01, augmentation=LIGHT),
+              lr_scale=WHISPER_SCALES, head_weights=0.01, augmentation=LIGHT),
         # from here on head 1, and all that it hears through, stays as it is
         Stage("reading", "ctc", updates=3000, batch=65, learning_rate=7e-4, warmup=50, final_lr=0.1, averaging=0.995,
               frozen_encoder_layers=None, augmentation=LIGHT),
@@ -248,9 +280,20 @@ def heads() -> tuple[None, tuple[Stage, ...]]:
     return None, (stage,)
 
 
+def mwer() -> tuple[None, tuple[Stage, ...]]:
+    """All of a model that is trained already, for the least word errors to be expected; rates as for the model that
+    ships: a tenth for a Whisper's encoder and decoder."""
+    stage = Stage(
+        "mwer", "mwer", updates=300, batch=65, learning_rate=1e-4, warmup=20, averaging=0.98, lr_scale=WHISPER_SCALES,
+        ctc_weight=0.3, augmentation=LIGHT,
+    )  # fmt: skip
+    return None, (stage,)
+
+
 PRESETS: dict[str, Callable[..., tuple[ModelPreset | None, tuple[Stage, ...]]]] = {
     "tiny": tiny,
     "scratch": scratch,
     "base": base,
     "heads": heads,
+    "mwer": mwer,
 }

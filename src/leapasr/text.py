@@ -97,3 +97,6 @@ class Normalizer:
         if self.name == "plain":
             return plain(text)
         raise ValueError(f"unknown normaliser {self.name!r}: choose 'whisper_english' or 'plain'")
+
+
+NORMALIZER, PLAIN = Normalizer("whisper_english"), Normalizer("plain")

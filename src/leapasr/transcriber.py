@@ -25,8 +25,8 @@ from leapasr.audio import SAMPLE_RATE, AudioError, read_audio
 from leapasr.chunks import Chunk, by_length, cut_recording, windows
 from leapasr.decoding import DecodingOptions, DecodingResult, Prompts, SpeechLlamaDecoder, build_loop
 from leapasr.decoding.costs import FREE, CallCosts, known_costs
-from leapasr.decoding.ctc import greedy_ctc, read_ctc
-from leapasr.decoding.drafts import Drafter, build_drafter
+from leapasr.decoding.ctc import ctc_drafters, greedy_ctc
+from leapasr.decoding.guards import MAX_TOKENS_AT_LEAST, MAX_TOKENS_PER_SECOND, token_bound
 from leapasr.model.checkpoints import CheckpointError
 from leapasr.model.encoders import FEATURE_RATE
 from leapasr.model.processing import SpeechLlamaProcessor
@@ -34,8 +34,6 @@ from leapasr.model.speech_llama import SpeechLlamaForConditionalGeneration
 from leapasr.transcription import Segment, Transcription, timed_words, token_times
 
 MAX_CHUNK_SECONDS = 25.0
-# A row ends after so many tokens even if the decoder does not end it. Fast speech has about 7 a second.
-MAX_TOKENS_PER_SECOND, MAX_TOKENS_AT_LEAST = 12, 16
 
 DEFAULT_OPTIONS = DecodingOptions()
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -247,11 +245,10 @@ class Transcriber:
             features, lengths_B = self.processor.pad([self.processor.features(chunk.samples) for chunk in chunks])
             encoding = model.encode(features.to(model.device, model.dtype), lengths_B.to(model.device))
             prompts = Prompts(*model.prompt(encoding))
-        seconds = [length / model.ctc_frame_rate for length in encoding.ctc_lengths_B.tolist()]
         return EncodedBatch(
             chunks=chunks,
             prompts=prompts,
-            max_tokens=[MAX_TOKENS_AT_LEAST + math.ceil(MAX_TOKENS_PER_SECOND * length) for length in seconds],
+            max_tokens=[token_bound(length / model.ctc_frame_rate) for length in encoding.ctc_lengths_B.tolist()],
             ctc_logits_BTV=encoding.ctc_logits_BTV,
             ctc_lengths_B=encoding.ctc_lengths_B,
             seconds=timer.seconds,
@@ -294,19 +291,18 @@ class Transcriber:
 
         for batch in batches:
             with _timed(self.model.device) as timer:
-                drafters = self._drafters(batch, options)
+                drafters = ctc_drafters(
+                    options,
+                    batch.ctc_logits_BTV,
+                    batch.ctc_lengths_B,
+                    blank=self.model.config.blank_token_id,
+                    end_token=min(self.decoder.end_tokens),
+                )
                 keys = loop.add(batch.prompts, max_tokens=batch.max_tokens, drafters=drafters)
             rows |= {key: (batch, row) for row, key in enumerate(keys)}
             seconds |= dict.fromkeys(keys, timer.seconds / max(1, len(keys)))
             yield from decode_until(num_left)
         yield from decode_until(0)
-
-    def _drafters(self, batch: EncodedBatch, options: DecodingOptions) -> list[Drafter] | None:
-        if not options.reads_ctc:
-            return None
-        end_token = min(self.decoder.end_tokens)
-        readings = read_ctc(batch.ctc_logits_BTV, batch.ctc_lengths_B, blank=self.model.config.blank_token_id)
-        return [build_drafter(options, reading, end_token=end_token) for reading in readings]
 
     def decode_ctc(self, batch: EncodedBatch) -> DecodedBatch:
         """What the CTC head alone says, greedily, without one decoder call and without a trace."""

@@ -69,6 +69,8 @@ def plan_epoch(sources: Sequence[Source], *, batch_seconds: float, seed: int, ep
         seed=int(rng.integers(2**31)),
         buffer_size=len(cuts) + 1,
         num_cuts_for_bins_estimate=len(cuts),
+        world_size=1,  # the whole plan, in every process: it would take its own share of it
+        rank=0,
     )
     return [list(batch) for batch in sampler]
 

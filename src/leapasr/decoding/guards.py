@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from leapasr.decoding.interface import Decoder
 from leapasr.decoding.options import DecodingOptions, Truncation
 
+# A row ends after so many tokens even if the decoder does not end it. Fast speech has about 7 a second.
+MAX_TOKENS_PER_SECOND, MAX_TOKENS_AT_LEAST = 12, 16
 MAX_CYCLE = 16  # tokens; the longest cycle that counts as a repetition
 
 
@@ -40,6 +43,11 @@ class Guards:
         if len(tokens) >= self.max_tokens:
             return len(tokens), "length"
         return None
+
+
+def token_bound(seconds: float) -> int:
+    """Most tokens of a text that is said in so many seconds."""
+    return MAX_TOKENS_AT_LEAST + math.ceil(MAX_TOKENS_PER_SECOND * seconds)
 
 
 def guard_rows(

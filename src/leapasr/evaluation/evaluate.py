@@ -33,12 +33,11 @@ from leapasr.evaluation.scoring import (
     word_error_rate,
     word_error_rate_difference,
 )
-from leapasr.text import Normalizer
+from leapasr.text import NORMALIZER, PLAIN, Normalizer
 from leapasr.transcriber import Transcriber
 
 Strategy = DecodingOptions | Literal["ctc"]  # decoding, or the encoder's greedy CTC output alone
 
-NORMALIZER, PLAIN = Normalizer("whisper_english"), Normalizer("plain")
 _UNREADABLE = (AudioLoadingError, DurationMismatchError, soundfile.LibsndfileError, OSError, RuntimeError, ValueError)
 
 

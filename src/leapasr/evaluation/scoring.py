@@ -66,12 +66,18 @@ def count_errors(references: Sequence[str], hypotheses: Sequence[str], normalize
     """
     if len(references) != len(hypotheses):
         raise ValueError(f"{len(hypotheses)} hypotheses for {len(references)} references: give one for each")
-    rows = []
-    for reference, hypothesis in zip(references, hypotheses, strict=True):
-        words = normalizer(reference).split()
-        counts = kaldialign.edit_distance(words, normalizer(hypothesis).split())
-        rows.append((len(words), counts["sub"], counts["del"], counts["ins"]))
+    rows = [
+        count_word_errors(reference, hypothesis, normalizer)
+        for reference, hypothesis in zip(references, hypotheses, strict=True)
+    ]
     return WordErrors(*np.array(rows, dtype=np.int64).reshape(-1, 4).T)
+
+
+def count_word_errors(reference: str, hypothesis: str, normalizer: Normalizer) -> tuple[int, int, int, int]:
+    """Words of the reference, and substitutions, deletions and insertions of the hypothesis; both normalised."""
+    words = normalizer(reference).split()
+    counts = kaldialign.edit_distance(words, normalizer(hypothesis).split())
+    return len(words), counts["sub"], counts["del"], counts["ins"]
 
 
 def word_error_rate(

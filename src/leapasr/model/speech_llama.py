@@ -3,8 +3,9 @@
 The prompt of a row is its speech embeddings followed by the begin-of-text token; text follows. Rows are
 right-padded, so that padding always lies behind what a causal mask lets a real position see.
 
-Shapes: B rows, T frames, L speech embeddings, M text tokens, U = M + 1 text positions (begin-of-text and
-the tokens), D decoder width, V vocabulary, F mel bins.
+Shapes: B rows, T frames, L speech embeddings, N texts a row, M text tokens, U = M + 1 text positions (begin-of-text
+and the tokens), W = N · U, S what these may look at, D decoder width, H what heads read (D, 2D with draft layers),
+V vocabulary, F mel bins.
 """
 
 from __future__ import annotations
@@ -66,18 +67,15 @@ def join_rows(
     first_lengths_B: Tensor,
     second_BUD: Tensor,
     second_lengths_B: Tensor | None = None,
-    *,
-    size: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Put each row's second part directly behind the valid positions of its first part.
 
     Returns the joined rows (B, L', D), right-padded with whatever lies there, and the index (B, L') of each
-    joined position within the concatenation of both parts. L' is `size`, or else the longest joined row.
+    joined position within the concatenation of both parts. L' is the longest joined row.
     """
     B, L, _ = first_BLD.shape
     U = second_BUD.shape[1]
-    if size is None:
-        size = int((first_lengths_B + (U if second_lengths_B is None else second_lengths_B)).max())
+    size = int((first_lengths_B + (U if second_lengths_B is None else second_lengths_B)).max())
     position = torch.arange(size, device=first_BLD.device)[None]
     index_BP = torch.where(
         position < first_lengths_B[:, None], position, L + (position - first_lengths_B[:, None]).clamp(max=U - 1)
@@ -96,6 +94,13 @@ def join_positions(positions_BL: Tensor, lengths_B: Tensor, size: int) -> Tensor
 def causal_mask(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Additive mask (1, 1, size, size) that hides what lies behind."""
     return torch.full((size, size), torch.finfo(dtype).min, dtype=dtype, device=device).triu(1)[None, None]
+
+
+def side_by_side_mask(num_texts: int, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Additive mask (1, 1, W, W) of `num_texts` texts of `size` in a row: each sees what is before it of its own."""
+    text_W = torch.arange(num_texts, device=device).repeat_interleave(size)
+    causal_11WW = causal_mask(num_texts * size, dtype, device)
+    return causal_11WW.masked_fill(text_W[:, None] != text_W[None], torch.finfo(dtype).min)
 
 
 class SpeechLlamaForConditionalGeneration(PreTrainedModel):
@@ -251,11 +256,11 @@ class SpeechLlamaForConditionalGeneration(PreTrainedModel):
             return text_BUD
         return torch.cat([self.soft_prompt.weight.expand(len(text_BUD), -1, -1), text_BUD], 1)
 
-    def prompt(self, encoding: SpeechEncoding) -> tuple[Tensor | None, ...]:
+    def prompt(self, encoding: SpeechEncoding) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
         """The fields of `decoding.Prompts`, begin-of-text included.
 
-        Embeddings (B, L, D), right-padded, lengths (B,), and positions (B, L); where speech is the decoder's memory,
-        None for positions, and the memory (B, M, D) and its lengths (B,) behind that.
+        Embeddings (B, L, D), right-padded, lengths (B,), positions (B, L), and twice None; where speech is the
+        decoder's memory, None for positions, the memory (B, M, D) and its lengths (B,).
         """
         begin_BND = self.begin_text(encoding.lengths_B.new_empty(len(encoding.lengths_B), 0))
         if self.config.speech_as_memory:
@@ -263,7 +268,7 @@ class SpeechLlamaForConditionalGeneration(PreTrainedModel):
             return begin_BND, num_begin, None, encoding.embeddings_BLD, encoding.lengths_B
         prompt, _ = join_rows(encoding.embeddings_BLD, encoding.lengths_B, begin_BND)
         positions = join_positions(encoding.positions_BL, encoding.lengths_B, prompt.shape[1])
-        return prompt, encoding.lengths_B + begin_BND.shape[1], positions
+        return prompt, encoding.lengths_B + begin_BND.shape[1], positions, None, None
 
     def _layers_with_memory(self) -> Iterator[Any]:
         """The decoder's layers, and the draft layers, in the order of their places in the cache."""
@@ -301,61 +306,73 @@ class SpeechLlamaForConditionalGeneration(PreTrainedModel):
         """Teacher-forced logits of heads 1..K behind a prefix of embeddings.
 
         Args:
-            embeddings_BLD: prefix (B, L, D), without begin-of-text.
-            lengths_B: valid places of the prefix (B,). positions_BL: where each lies for the decoder (B, L).
+            embeddings_BLD, lengths_B, positions_BL: as of `read_texts`.
             text_BM: token ids (B, M), padded with any id behind each row's end.
-            num_heads: 1 for head 1 alone; None for all K.
+            num_heads: as of `head_logits`.
 
         Returns:
             `num_heads` tensors (B, U, V); at position u (0 is begin-of-text) head k predicts token u + k.
         """
-        text_BUD = self.begin_text(text_BM)
-        if self.config.speech_as_memory:
-            hidden_BUD = self._read_beside_memory(embeddings_BLD, lengths_B, text_BUD)
-        else:
-            hidden_BUD = self._read_behind_prompt(embeddings_BLD, lengths_B, positions_BL, text_BUD)
-        hidden_BUD = hidden_BUD[:, self.config.soft_prompt :]
-        D = text_BUD.shape[-1]
-        logits = [self.decoder.lm_head(hidden_BUD[..., :D])]
-        if self.mtp_heads is not None and num_heads != 1:
-            next_BUD = nn.functional.pad(self.get_input_embeddings()(text_BM), (0, 0, 0, 1))
-            logits += self.mtp_heads.training_logits(hidden_BUD[..., -D:], next_BUD, self.decoder.lm_head)
-        return logits
+        hidden_B1UH = self.read_texts(embeddings_BLD, lengths_B, positions_BL, text_BM[:, None])
+        return self.head_logits(hidden_B1UH[:, 0], text_BM, num_heads=num_heads)
 
-    def _read_behind_prompt(
-        self, embeddings_BLD: Tensor, lengths_B: Tensor, positions_BL: Tensor, text_BUD: Tensor
-    ) -> Tensor:
-        """What heads read (`read_hidden`) of text (B, U, D) whose prompt goes through the decoder's layers."""
-        size = embeddings_BLD.shape[1] + text_BUD.shape[1]  # not the longest row: shapes of few sizes are faster
-        joined, _ = join_rows(embeddings_BLD, lengths_B, text_BUD.to(embeddings_BLD.dtype), size=size)
+    def read_texts(self, embeddings_BLD: Tensor, lengths_B: Tensor, positions_BL: Tensor, text_BNM: Tensor) -> Tensor:
+        """What heads read (`read_hidden`) of N texts a row, teacher forced in one pass.
+
+        The texts stand side by side behind one prefix, whose keys and values they share, and do not see each other.
+
+        Args:
+            embeddings_BLD, lengths_B, positions_BL: the prefix, without begin-of-text, as `SpeechEncoding` has it.
+            text_BNM: token ids (B, N, M), padded with any id behind each text's end.
+
+        Returns:
+            (B, N, U, H), for `head_logits`.
+        """
+        B, N, _ = text_BNM.shape
+        text_PUD = self.begin_text(text_BNM.flatten(0, 1)).to(embeddings_BLD.dtype)
+        U, L, dtype, device = text_PUD.shape[1], embeddings_BLD.shape[1], text_PUD.dtype, text_PUD.device
+        prefix_B1WL = attention_bias(padding_mask(lengths_B, L), dtype).expand(B, 1, N * U, L)
+        own_B1WW = side_by_side_mask(N, U, dtype, device).expand(B, 1, N * U, N * U)
+        inputs = text_PUD.unflatten(0, (B, N)).flatten(1, 2)
+        mask = torch.cat([prefix_B1WL, own_B1WW], -1)
+        positions = torch.arange(U, device=device).repeat(N).expand(B, N * U)
+        cache = None
+        if self.config.speech_as_memory:
+            cache = DynamicCache()
+            self.remember(embeddings_BLD, cache)
+        else:
+            inputs = torch.cat([embeddings_BLD, inputs], 1)
+            nothing_LW = torch.full((L, N * U), torch.finfo(dtype).min, dtype=dtype, device=device)
+            causal_LS = torch.cat([causal_mask(L, dtype, device)[0, 0], nothing_LW], 1)
+            mask = torch.cat([causal_LS.expand(B, 1, L, L + N * U), mask], 2)
+            positions = torch.cat([positions_BL, lengths_B[:, None] + positions], 1)
         hidden = read_hidden(
             self.decoder.base_model,
             self.draft_layers,
-            joined,
-            position_ids=join_positions(positions_BL, lengths_B, size),
-            # given whole: from positions that are not consecutive transformers would make out several texts
-            attention_mask=causal_mask(size, joined.dtype, joined.device).expand(len(joined), 1, size, size),
-            use_cache=False,
-        )
-        index_BU = lengths_B[:, None] + torch.arange(text_BUD.shape[1], device=lengths_B.device)[None]
-        return hidden.gather(1, index_BU[..., None].expand(-1, -1, hidden.shape[-1]))
-
-    def _read_beside_memory(self, embeddings_BLD: Tensor, lengths_B: Tensor, text_BUD: Tensor) -> Tensor:
-        """What heads read (`read_hidden`) of text (B, U, D) whose speech is the decoder's memory."""
-        U, L = text_BUD.shape[1], embeddings_BLD.shape[1]
-        cache = DynamicCache()
-        self.remember(embeddings_BLD, cache)
-        bias_B11L = attention_bias(padding_mask(lengths_B, L), text_BUD.dtype)
-        causal_11UU = causal_mask(U, text_BUD.dtype, text_BUD.device)
-        return read_hidden(
-            self.decoder.base_model,
-            self.draft_layers,
-            text_BUD,
-            position_ids=torch.arange(U, device=text_BUD.device).expand(len(text_BUD), U),
-            attention_mask=torch.cat([bias_B11L.expand(-1, 1, U, L), causal_11UU.expand(len(text_BUD), 1, U, U)], -1),
+            inputs,
+            position_ids=positions,
+            attention_mask=mask,  # given whole: from positions alone transformers would make out other texts
             past_key_values=cache,
-            use_cache=True,
+            use_cache=cache is not None,
         )
+        return hidden[:, -N * U :].unflatten(1, (N, U))[:, :, self.config.soft_prompt :]
+
+    def head_logits(self, hidden_BUH: Tensor, text_BM: Tensor, *, num_heads: int | None = None) -> list[Tensor]:
+        """Logits of heads 1..K from what `read_texts` gave for one text a row.
+
+        Args:
+            hidden_BUH: (B, U, H). text_BM: ids (B, M) of the same texts.
+            num_heads: 1 for head 1 alone; None for all K.
+
+        Returns:
+            `num_heads` tensors (B, U, V).
+        """
+        D = self.config.decoder_config.hidden_size
+        logits = [self.decoder.lm_head(hidden_BUH[..., :D])]
+        if self.mtp_heads is not None and num_heads != 1:
+            next_BUD = nn.functional.pad(self.get_input_embeddings()(text_BM), (0, 0, 0, 1))
+            logits += self.mtp_heads.training_logits(hidden_BUH[..., -D:], next_BUD, self.decoder.lm_head)
+        return logits
 
     def forward(self, input_features: Tensor, feature_lengths: Tensor, text_ids: Tensor) -> SpeechLlamaOutput:
         """Teacher-forced training pass; the losses are in `leapasr.training.losses`.

@@ -1,6 +1,8 @@
-"""Training losses: CTC, and cross-entropy summed over the K heads with shifted labels.
+"""Training losses: CTC, cross-entropy summed over the K heads with shifted labels, and what to expect of a list of
+hypotheses: word errors (minimum word error rate) and decoder calls.
 
-Shapes: B rows, T CTC frames, M text tokens, U = M + 1 text positions, V vocabulary.
+Shapes: B rows, N hypotheses a row, T CTC frames, M text tokens, U = M + 1 text positions, K heads, G = K − 1 guesses,
+V vocabulary.
 """
 
 from __future__ import annotations
@@ -77,3 +79,71 @@ def ctc_loss(logits_BTV: Tensor, lengths_B: Tensor, text_BM: Tensor, text_length
         log_probs_TBV, text_BM, lengths_B, text_lengths_B, blank=blank, reduction="sum", zero_infinity=True
     )
     return loss / text_lengths_B.sum().clamp(min=1)
+
+
+def label_log_probabilities(logits_BUV: Tensor, labels_BU: Tensor) -> Tensor:
+    """Natural-log probabilities (B, U) of labels, float32; 0 where a label is `IGNORED`."""
+    return -F.cross_entropy(logits_BUV.transpose(1, 2).float(), labels_BU, ignore_index=IGNORED, reduction="none")
+
+
+def text_log_probabilities(logits_BUV: Tensor, text_BM: Tensor, lengths_B: Tensor, *, end_token_id: int) -> Tensor:
+    """Natural-log probability (B,) of each text by head 1's logits (B, U, V), end-of-text included."""
+    labels_BU = shifted_labels(text_BM, lengths_B, head=1, end_token_id=end_token_id)
+    return label_log_probabilities(logits_BUV, labels_BU).sum(-1)
+
+
+def list_probabilities(log_probs_BN: Tensor, listed_BN: Tensor) -> Tensor:
+    """Probabilities (B, N) of hypotheses given that the text is one of the list; 0 where `listed_BN` is False."""
+    return log_probs_BN.masked_fill(~listed_BN, -torch.inf).softmax(-1)
+
+
+def mwer_loss(probabilities_BN: Tensor, errors_BN: Tensor, listed_BN: Tensor) -> Tensor:
+    """Σ_i p̂_i (W_i − W̄), the mean over rows: minimum word error rate (Prabhavalkar et al., arXiv 1712.01818).
+
+    Args:
+        probabilities_BN: p̂, of `list_probabilities`.
+        errors_BN: W, word errors of each hypothesis; W̄ is their mean over a row's list. Since p̂ sums to one, it
+            centres the loss and leaves its gradient as it is.
+        listed_BN: which places of a row hold a hypothesis, one at least.
+    """
+    means_B1 = (errors_BN * listed_BN).sum(-1, keepdim=True) / listed_BN.sum(-1, keepdim=True)
+    return (probabilities_BN * (errors_BN - means_B1)).sum(-1).mean()
+
+
+def drafting_probabilities(
+    head_logits: Sequence[Tensor], text_BM: Tensor, lengths_B: Tensor, *, end_token_id: int
+) -> Tensor:
+    """Probabilities (G, B, U) that heads 2..K give at position u to the text's token u + k; 0 behind its end.
+
+    Args:
+        head_logits: G = K − 1 tensors (B, U, V), head 2 first.
+    """
+    probabilities = []
+    for head, logits_BUV in enumerate(head_logits, 2):
+        labels_BU = shifted_labels(text_BM, lengths_B, head=head, end_token_id=end_token_id)
+        given_BU = label_log_probabilities(logits_BUV, labels_BU).exp()
+        probabilities.append(given_BU.masked_fill(labels_BU == IGNORED, 0.0))
+    return torch.stack(probabilities)
+
+
+def expected_calls(drafting_GBU: Tensor, lengths_B: Tensor) -> Tensor:
+    """Decoder calls (B,) to be expected for a text where each head drafts by chance what it finds likely.
+
+    A call verifies what heads 2..K drafted, emits as many tokens of it as are the text's, in a row, and head 1's
+    next; the heads read again behind these. The expectation is over drafts drawn from the heads' distributions. It
+    leaves out what decoding has besides (drafts carried on from call to call, CTC's): it is there for its gradient.
+
+    Args:
+        drafting_GBU: probabilities (G, B, U) that heads 2..K give at position u to the text's token u + k; 0
+            behind end-of-text.
+        lengths_B: text tokens, end-of-text not counted.
+    """
+    num_drafts, B, U = drafting_GBU.shape
+    at_least_GBU = drafting_GBU.cumprod(0)  # 1, 2, … of the drafted tokens are the text's
+    one_BU = torch.ones_like(drafting_GBU[:1])
+    exactly_KBU = torch.cat([one_BU, at_least_GBU]) - torch.cat([at_least_GBU, 0 * one_BU])  # 0, 1, …
+    calls_KB = drafting_GBU.new_zeros(num_drafts + 1, B)  # from each of the next positions on, the nearest first
+    for u in reversed(range(U - 1)):
+        here_B = 1 + (exactly_KBU[..., u] * calls_KB).sum(0)
+        calls_KB = torch.cat([torch.where(u < lengths_B, here_B, 0.0)[None], calls_KB[:-1]])
+    return 1 + calls_KB[0]

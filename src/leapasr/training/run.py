@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from lhotse.cut import Cut
 from lhotse.utils import fastcopy
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -90,12 +91,14 @@ def prepare(
         manifests: training manifests and weights. dev, text: dev manifests, prose.
         initial_model: folder of a leapasr model to start from; heads that it lacks are new.
         num_heads, head_type, draft_layers: instead of those of the preset or the initial model.
-        report: is told of every utterance that is left out.
+        report: is told of every utterance that is left out, by one of several processes.
         options: further fields of `TrainingConfig`.
 
     Raises:
         ValueError: there is no data for a stage, nothing to train, or a vocabulary that is not the tokenizer's.
     """
+    if not PartialState().is_main_process:
+        report = _unheard
     config = TrainingConfig(
         model=preset, stages=stages, manifests=manifests, dev=tuple(dev), text=tuple(text), output=output,
         seed=seed, **options,
@@ -110,12 +113,15 @@ def prepare(
     elif preset is not None:
         heads = head_fields(num_heads=num_heads, head_type=head_type, draft_layers=draft_layers)
         preset = replace(preset, fields=preset.fields | heads)
-        tokenizer = load_tokenizer(preset, texts, output / "tokenizer")
+        with PartialState().main_process_first():
+            tokenizer = load_tokenizer(preset, texts, output / "tokenizer")
         model, processor = build_model(preset, tokenizer, seed=seed), build_processor(preset, tokenizer)
     else:
         raise ValueError("this preset trains on a model that is there already: give --init MODEL")
     if model.mtp_heads is None and any(stage.task == "heads" for stage in stages):
         raise ValueError("the model has head 1 alone (K = 1), and a stage trains further heads: give --heads K")
+    if model.mtp_heads is None and any(stage.task == "mwer" and stage.mwer.calls_weight for stage in stages):
+        raise ValueError("the model has head 1 alone (K = 1), which saves no call: leave out --calls-weight")
     sources, dev_cuts = [], []
     if not all(stage.reads_text for stage in stages):
         read = partial(read_usable, processor=processor, ctc_frame_rate=model.ctc_frame_rate, report=report)
@@ -125,6 +131,10 @@ def prepare(
             raise ValueError(f"no utterance to train on: the manifests have {given}")
         dev_cuts = [cut for path in dev for cut in spread(read(path, "dev"), config.eval_utterances)]
     return Trainer(config, model, processor, sources=sources, texts=texts, dev=dev_cuts)
+
+
+def _unheard(message: str) -> None:
+    pass
 
 
 def check_data(config: TrainingConfig) -> None:
@@ -232,6 +242,20 @@ def choose_stages(stages: tuple[Stage, ...], names: str | None, updates: int | N
     return stages if updates is None else tuple(replace(stage, updates=updates) for stage in stages)
 
 
+def set_mwer(stages: tuple[Stage, ...], **fields: Any) -> tuple[Stage, ...]:
+    """The stages, with these fields of `MWER` in those of that task; None leaves a field as it is.
+
+    Raises:
+        ValueError: there is no such stage, or a value is out of range.
+    """
+    given = {name: value for name, value in fields.items() if value is not None}
+    if given and all(stage.task != "mwer" for stage in stages):
+        raise ValueError(f"{', '.join(given)}: for MWER training alone; choose --preset mwer, or leave them out")
+    return tuple(
+        replace(stage, mwer=replace(stage.mwer, **given)) if stage.task == "mwer" else stage for stage in stages
+    )
+
+
 def weighted(manifests: Sequence[str]) -> dict[Path, float]:
     """Manifests, each ``PATH`` or ``PATH=WEIGHT``, as paths and weights (1 without one).
 
@@ -270,6 +294,10 @@ def train(
     stages: str | None = None,
     updates: int | None = None,
     augment: bool = True,
+    nbest: int | None = None,
+    reference: bool | None = None,
+    ce_weight: float | None = None,
+    calls_weight: float | None = None,
     seed: int = 1,
     report: Callable[[str], None] = print,
     **options: Any,
@@ -281,6 +309,7 @@ def train(
         manifests: training manifests, each ``PATH`` or ``PATH=WEIGHT``.
         encoder: hub name or folder of the pretrained encoder, instead of the preset's.
         augment: False trains on the audio as it is.
+        nbest, reference, ce_weight, calls_weight: of stages of the task ``mwer`` (`MWER`), instead of the preset's.
         options: further fields of `TrainingConfig`. The rest as in `prepare` and `choose_stages`.
 
     Returns:
@@ -297,6 +326,7 @@ def train(
     chosen = choose_stages(all_stages, stages, updates)
     if not augment:
         chosen = tuple(replace(stage, augmentation=NO_AUGMENTATION) for stage in chosen)
+    chosen = set_mwer(chosen, nbest=nbest, reference=reference, ce_weight=ce_weight, calls_weight=calls_weight)
     trainer = prepare(
         model_preset,
         chosen,

@@ -1,4 +1,4 @@
-"""The trainer: stages of text, CTC, joint and heads-only training on one CPU, one GPU or several processes.
+"""The trainer: stages of text, CTC, joint, heads-only and MWER training on one CPU, one GPU or several processes.
 
 Every update is a function of (configuration, seed, update number): a run that is killed and resumed gives the
 weights of an uninterrupted one.
@@ -35,14 +35,17 @@ from leapasr.model.processing import SpeechLlamaProcessor
 from leapasr.model.speech_llama import SpeechEncoding, SpeechLlamaForConditionalGeneration
 from leapasr.training.encoder_cache import EncoderCache, FrameBatch, FrameBatches
 from leapasr.training.losses import ctc_loss, mtp_loss, with_slips
+from leapasr.training.mwer import hypothesize, read_lists
 from leapasr.training.optimizer import MasterAdamW
 
 READING = ("speech_projection.previous.", "speech_projection.following")
+OF_CTC = ("speech_projection.ctc_projection.", *READING)
 TRAINED_PREFIXES = {
     "language": ("decoder.",),
     "text": ("decoder.", "mtp_heads.", "draft_layers.", *READING),
     "ctc": ("encoder.", "adapter.", "ctc_head."),
     "joint": ("",),
+    "mwer": ("",),
     "heads": ("mtp_heads.", "draft_layers."),
 }
 
@@ -66,9 +69,9 @@ class StepLosses:
 class StageTask(torch.nn.Module):
     """The forward pass and loss of one stage, as one module (so that several processes can wrap it)."""
 
-    def __init__(self, model: SpeechLlamaForConditionalGeneration, stage: Stage):
+    def __init__(self, model: SpeechLlamaForConditionalGeneration, processor: SpeechLlamaProcessor, stage: Stage):
         super().__init__()
-        self.model, self.stage = model, stage
+        self.model, self.processor, self.stage = model, processor, stage
         self.weights = stage.weights(model.num_heads)
 
     def encode(self, batch: Batch | FrameBatch) -> SpeechEncoding:
@@ -109,7 +112,17 @@ class StageTask(torch.nn.Module):
                 )
                 figures["ctc"] = ctc.detach()
                 total = total + (1.0 if task == "ctc" else self.stage.ctc_weight) * ctc
-            if task != "ctc":
+            if task == "mwer":
+                settings = self.stage.mwer
+                found = hypothesize(
+                    model, self.processor, encoding, batch, nbest=settings.nbest,
+                    with_reference=settings.reference and torch.is_grad_enabled(),
+                )  # fmt: skip
+                head_logits, risk, of_lists = read_lists(
+                    model, encoding, found, self.read(batch), calls_weight=settings.calls_weight
+                )
+                total, figures = total + risk, figures | of_lists
+            elif task != "ctc":
                 head_logits = model.read_text(*encoding.prefix, self.read(batch))
         if head_logits is not None:
             loss, losses, accuracies = mtp_loss(
@@ -119,7 +132,7 @@ class StageTask(torch.nn.Module):
                 weights=self.weights[: len(head_logits)],
                 end_token_id=model.config.eos_token_id,
             )
-            total = total + loss
+            total = total + (self.stage.mwer.ce_weight if task == "mwer" else 1.0) * loss
             for head, (ce, accuracy) in enumerate(zip(losses, accuracies, strict=True), 1):
                 figures[f"ce_{head}"], figures[f"accuracy_{head}"] = ce.detach(), accuracy
         return StepLosses(total, figures)
@@ -232,13 +245,15 @@ class Trainer:
             self._run_stage(stage)
             self.stage_index, self.update = index + 1, 0
             self._save(None)
+        self.accelerator.wait_for_everyone()
         return self.config.output / "model"
 
     def _resume(self) -> None:
         if not self.checkpoint.exists():
             return
         try:
-            state = torch.load(self.checkpoint, map_location=self.accelerator.device, weights_only=True)
+            # "cpu", since of several processes on a CPU each has a device that torch.load does not know ("cpu:0")
+            state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
         except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
             raise TrainingError(
                 f"{self.checkpoint} is damaged or cut short; delete it to train from the start"
@@ -320,9 +335,12 @@ class Trainer:
         freeze_adapted(model.decoder)
         trained = TRAINED_PREFIXES[stage.task]
         if stage.task == "heads" and model.config.drafts_remember_ctc:
-            trained += ("speech_projection.ctc_projection.", *READING)
+            trained += OF_CTC
+        # a decoder with a memory and no draft layers reads nothing of CTC
+        unused = OF_CTC if model.config.speech_as_memory and not model.config.drafts_remember_ctc else ()
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(parameter.requires_grad and name.startswith(trained))
+            used = not name.startswith(unused)
+            parameter.requires_grad_(parameter.requires_grad and used and name.startswith(trained))
         optimizer = MasterAdamW(
             [(n, p) for n, p in model.named_parameters() if p.requires_grad],
             lr_scale=stage.lr_scale,
@@ -380,13 +398,14 @@ class Trainer:
     def _run_stage(self, stage: Stage) -> None:
         optimizer = self._begin_stage(stage)
         self._cache = self._encoder_cache(stage)
-        task = self.accelerator.prepare_model(StageTask(self.model, stage))
+        task = self.accelerator.prepare_model(StageTask(self.model, self.processor, stage))
         with ExitStack() as files:
             log = files.enter_context((self.config.output / "metrics.jsonl").open("a"))
             writer = None
             if self.accelerator.is_main_process:
                 writer = files.enter_context(SummaryWriter(self.config.output / "tensorboard"))
             self._optimize(stage, task, optimizer, writer, log)
+        self.accelerator.free_memory()  # what several processes keep to exchange the gradients of this stage
         self._end_stage(stage, optimizer)
 
     def _optimize(self, stage: Stage, task: torch.nn.Module, optimizer: MasterAdamW, writer, log) -> None:
@@ -445,7 +464,7 @@ class Trainer:
     def evaluate(self, stage: Stage) -> dict[str, float]:
         """Mean dev figures of the stage's task; for audio tasks also the word error rate of greedy CTC."""
         self.model.eval()
-        task = StageTask(self.model, stage)
+        task = StageTask(self.model, self.processor, stage)
         seed = self.config.seed
         batches: list[Batch | TextBatch]
         if stage.reads_text:
@@ -463,7 +482,7 @@ class Trainer:
             batch = _to_device(batch, self.accelerator.device)
             for key, value in task(batch).figures.items():
                 sums[key] = sums.get(key, 0.0) + float(value) / len(batches)
-            if stage.task in ("ctc", "joint"):
+            if stage.task in ("ctc", "joint", "mwer"):
                 pairs += self._ctc_transcripts(batch)
         if pairs:
             sums["ctc_wer"] = _plain_wer(pairs)

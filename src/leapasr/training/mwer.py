@@ -1,0 +1,163 @@
+"""Minimum word error rate training: N-best lists on the fly, by the beam search that decodes.
+
+Shapes: B rows, N hypotheses a row, P = B · N, M text tokens, U = M + 1 text positions, D width, K heads, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from leapasr.data.batches import Batch, pad_tokens
+from leapasr.decoding import DecodingOptions, DecodingResult, Prompts, SpeechLlamaDecoder, decode
+from leapasr.decoding.ctc import ctc_drafters
+from leapasr.decoding.guards import token_bound
+from leapasr.evaluation.scoring import count_word_errors
+from leapasr.model.processing import SpeechLlamaProcessor
+from leapasr.model.speech_llama import SpeechEncoding, SpeechLlamaForConditionalGeneration
+from leapasr.text import NORMALIZER
+from leapasr.training.encoder_cache import FrameBatch
+from leapasr.training.losses import (
+    drafting_probabilities,
+    expected_calls,
+    list_probabilities,
+    mwer_loss,
+    text_log_probabilities,
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Hypotheses:
+    """N-best lists of a batch.
+
+    A hypothesis that a guard cut short counts as the text that is left of it, ended by end-of-text.
+
+    Attributes:
+        text_BNM, lengths_BN: token ids and their valid lengths, the likeliest hypothesis first.
+        errors_BN: word errors against the row's reference, float32, as `evaluate` counts them.
+        listed_BN: which places hold a hypothesis; a short list is filled up.
+        calls_B: decoder calls that it took to find them.
+        seconds: that the search took.
+    """
+
+    text_BNM: Tensor
+    lengths_BN: Tensor
+    errors_BN: Tensor
+    listed_BN: Tensor
+    calls_B: Tensor
+    seconds: float
+
+
+@torch.no_grad()
+def search(
+    model: SpeechLlamaForConditionalGeneration, encoding: SpeechEncoding, options: DecodingOptions
+) -> list[DecodingResult]:
+    """Decode what the speech side gave, with the model as it is; its training mode is left as it was."""
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    decoder, lengths_B = SpeechLlamaDecoder(model), encoding.ctc_lengths_B
+    drafters = ctc_drafters(
+        options,
+        encoding.ctc_logits_BTV,
+        lengths_B,
+        blank=model.config.blank_token_id,
+        end_token=min(decoder.end_tokens),
+    )
+    max_tokens = [token_bound(length / model.ctc_frame_rate) for length in lengths_B.tolist()]
+    try:
+        with torch.compiler.set_stance("force_eager"):  # layers are compiled for training's shapes, not for a cache's
+            return decode(decoder, Prompts(*model.prompt(encoding)), options, max_tokens=max_tokens, drafters=drafters)
+    finally:
+        for module, was_training in training.items():
+            module.training = was_training
+
+
+def hypothesize(
+    model: SpeechLlamaForConditionalGeneration,
+    processor: SpeechLlamaProcessor,
+    encoding: SpeechEncoding,
+    batch: Batch | FrameBatch,
+    *,
+    nbest: int,
+    with_reference: bool = False,
+) -> Hypotheses:
+    """The N-best lists of `batch`; `with_reference` has it join each list that lacks it."""
+    options = DecodingOptions(strategy="beam", beam_size=nbest, nbest=nbest)
+    device = batch.text_ids.device
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)  # what is left to do of the encoder's work is not the search's
+    start = time.perf_counter()
+    results = search(model, encoding, options)
+    seconds = time.perf_counter() - start
+    lists, errors = [], []
+    for result, text, length in zip(results, batch.text_ids.tolist(), batch.text_lengths.tolist(), strict=True):
+        texts = dict.fromkeys(tuple(each.tokens) for each in result.hypotheses)  # what is left after cuts may be equal
+        if with_reference:
+            texts[tuple(text[:length])] = None
+        reference = processor.decode_text(text[:length])
+        lists.append([list(tokens) for tokens in texts])
+        counts = [count_word_errors(reference, processor.decode_text(each), NORMALIZER) for each in texts]
+        errors.append([sum(of_each[1:]) for of_each in counts])
+    num_listed_B1 = torch.tensor([[len(texts)] for texts in lists], device=device)
+    size = nbest + with_reference
+    filled = [each for texts in lists for each in [*texts, *[[]] * (size - len(texts))]]
+    text_PM, lengths_P = pad_tokens(filled, processor.tokenizer.pad_token_id)
+    return Hypotheses(
+        text_BNM=text_PM.unflatten(0, (-1, size)).to(device),
+        lengths_BN=lengths_P.unflatten(0, (-1, size)).to(device),
+        errors_BN=torch.tensor([[*each, *[0] * (size - len(each))] for each in errors], device=device).float(),
+        listed_BN=torch.arange(size, device=device) < num_listed_B1,
+        calls_B=torch.tensor([result.num_calls for result in results], device=device).float(),
+        seconds=seconds,
+    )
+
+
+def read_lists(
+    model: SpeechLlamaForConditionalGeneration,
+    encoding: SpeechEncoding,
+    found: Hypotheses,
+    reference_BM: Tensor,
+    *,
+    calls_weight: float = 0.0,
+) -> tuple[list[Tensor], Tensor, dict[str, Tensor]]:
+    """Read N-best lists, and the references beside them, in one pass.
+
+    Args:
+        reference_BM: ids of each row's reference, as the decoder is to read them.
+
+    Returns:
+        the logits of heads 1..K on the references, K × (B, U, V); the risk of the lists, `mwer_loss` and, weighted,
+        `expected_calls` of further heads; and figures, means over rows.
+    """
+    M = max(found.text_BNM.shape[-1], reference_BM.shape[-1])
+    texts_BNM = torch.cat([_widened(found.text_BNM, M), _widened(reference_BM[:, None], M)], 1)
+    hidden_BNUH = model.read_texts(*encoding.prefix, texts_BNM)
+    reference_logits = model.head_logits(hidden_BNUH[:, -1, : reference_BM.shape[-1] + 1], reference_BM)
+    text_PM, lengths_P = texts_BNM[:, :-1].flatten(0, 1), found.lengths_BN.flatten()
+    list_logits = model.head_logits(hidden_BNUH[:, :-1].flatten(0, 1), text_PM, num_heads=None if calls_weight else 1)
+    end_token_id = model.config.eos_token_id
+    log_probs_P = text_log_probabilities(list_logits[0], text_PM, lengths_P, end_token_id=end_token_id)
+    probabilities_BN = list_probabilities(log_probs_P.view_as(found.lengths_BN), found.listed_BN)
+    risk = mwer_loss(probabilities_BN, found.errors_BN, found.listed_BN)
+    figures = {
+        "errors_expected": (probabilities_BN.detach() * found.errors_BN).sum(-1).mean(),
+        "errors_first": found.errors_BN[:, 0].mean(),
+        "errors_oracle": found.errors_BN.masked_fill(~found.listed_BN, torch.inf).amin(-1).mean(),
+        "search_calls": found.calls_B.mean(),
+        "search_seconds": torch.tensor(found.seconds),
+    }
+    if calls_weight:
+        drafting_GPU = drafting_probabilities(list_logits[1:], text_PM, lengths_P, end_token_id=end_token_id)
+        calls_BN = expected_calls(drafting_GPU, lengths_P).view_as(probabilities_BN)
+        # not by the list's probabilities: they would teach head 1 to write less
+        calls = (probabilities_BN.detach() * calls_BN).sum(-1).mean()
+        risk, figures["calls_expected"] = risk + calls_weight * calls, calls.detach()
+    return reference_logits, risk, figures
+
+
+def _widened(text: Tensor, size: int) -> Tensor:
+    """Token ids (..., M) as (..., size), filled up with any id."""
+    return torch.nn.functional.pad(text, (0, size - text.shape[-1]))
