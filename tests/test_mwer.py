@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -270,7 +269,7 @@ def test_lists_are_those_of_beam_search(build_tiny_model, reference):
     for layer in model.decoder.model.layers:
         layer.self_attn.attention_dropout = 0.5  # in training alone
     encoding = encode(model)
-    options = DecodingOptions(strategy="beam", beam_size=3, nbest=3)
+    options = DecodingOptions(strategy="beam", beam_size=3, nbest=3, drafts="mtp")
     bounds = [token_bound(length / model.ctc_frame_rate) for length in encoding.ctc_lengths_B.tolist()]
     model.train()
     model.encoder.eval()
@@ -278,8 +277,7 @@ def test_lists_are_those_of_beam_search(build_tiny_model, reference):
     expected = search(model, encoding, options)
     assert [module.training for module in model.modules()] == before  # some in training, some not
     model.eval()
-    drafts_of_heads = replace(options, drafts="mtp")
-    plain = decode(SpeechLlamaDecoder(model), Prompts(*model.prompt(encoding)), drafts_of_heads, max_tokens=bounds)
+    plain = decode(SpeechLlamaDecoder(model), Prompts(*model.prompt(encoding)), options, max_tokens=bounds)
     assert [[h.tokens for h in r.hypotheses] for r in expected] == [[h.tokens for h in r.hypotheses] for r in plain]
     references = [*REFERENCES[:4], expected[4].hypotheses[1].tokens]
     found = hypothesize(model, Words, encoding, batch_of(references), nbest=3, with_reference=reference)
@@ -310,7 +308,7 @@ def test_scores_of_the_search_are_those_that_are_trained(build_tiny_model):
     model = copy.deepcopy(build_tiny_model())
     model.get_output_embeddings().weight[EOS] *= 1.5  # short texts
     encoding = encode(model)
-    results = search(model, encoding, DecodingOptions(strategy="beam", beam_size=3, nbest=3))
+    results = search(model, encoding, DecodingOptions(strategy="beam", beam_size=3, nbest=3, drafts="mtp"))
     found = hypothesize(model, Words, encoding, batch_of(REFERENCES), nbest=3)
     hidden, text = model.read_texts(*encoding.prefix, found.text_BNM).flatten(0, 1), found.text_BNM.flatten(0, 1)
     logits = model.head_logits(hidden, text, num_heads=1)[0]

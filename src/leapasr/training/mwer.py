@@ -13,7 +13,6 @@ from torch import Tensor
 
 from leapasr.data.batches import Batch, pad_tokens
 from leapasr.decoding import DecodingOptions, DecodingResult, Prompts, SpeechLlamaDecoder, decode
-from leapasr.decoding.ctc import ctc_drafters
 from leapasr.decoding.guards import token_bound
 from leapasr.evaluation.scoring import count_word_errors
 from leapasr.model.processing import SpeechLlamaProcessor
@@ -55,21 +54,17 @@ class Hypotheses:
 def search(
     model: SpeechLlamaForConditionalGeneration, encoding: SpeechEncoding, options: DecodingOptions
 ) -> list[DecodingResult]:
-    """Decode what the speech side gave, with the model as it is; its training mode is left as it was."""
+    """Decode what the speech side gave, with the model as it is; its training mode is left as it was.
+
+    Args:
+        options: with no drafts from CTC.
+    """
     training = {module: module.training for module in model.modules()}
     model.eval()
-    decoder, lengths_B = SpeechLlamaDecoder(model), encoding.ctc_lengths_B
-    drafters = ctc_drafters(
-        options,
-        encoding.ctc_logits_BTV,
-        lengths_B,
-        blank=model.config.blank_token_id,
-        end_token=min(decoder.end_tokens),
-    )
-    max_tokens = [token_bound(length / model.ctc_frame_rate) for length in lengths_B.tolist()]
+    max_tokens = [token_bound(length / model.ctc_frame_rate) for length in encoding.ctc_lengths_B.tolist()]
     try:
         with torch.compiler.set_stance("force_eager"):  # layers are compiled for training's shapes, not for a cache's
-            return decode(decoder, Prompts(*model.prompt(encoding)), options, max_tokens=max_tokens, drafters=drafters)
+            return decode(SpeechLlamaDecoder(model), Prompts(*model.prompt(encoding)), options, max_tokens=max_tokens)
     finally:
         for module, was_training in training.items():
             module.training = was_training
@@ -85,7 +80,8 @@ def hypothesize(
     with_reference: bool = False,
 ) -> Hypotheses:
     """The N-best lists of `batch`; `with_reference` has it join each list that lacks it."""
-    options = DecodingOptions(strategy="beam", beam_size=nbest, nbest=nbest)
+    # CTC's drafts save a few calls more than the heads', and cost more time (docs/nbest.md)
+    options = DecodingOptions(strategy="beam", beam_size=nbest, nbest=nbest, drafts="mtp")
     device = batch.text_ids.device
     if device.type == "cuda":
         torch.cuda.synchronize(device)  # what is left to do of the encoder's work is not the search's
