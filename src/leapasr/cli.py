@@ -98,12 +98,14 @@ def progress_bar(description: str, *, total: float | None, unit: str, hidden: bo
 def quiet_libraries() -> None:
     """Only our own messages: one line each."""
     import logging
+    import warnings
 
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="lhotse")
 
 
 def decoding_options(model: str | None, **fields: Any) -> DecodingOptions:
