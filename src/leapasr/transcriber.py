@@ -25,7 +25,8 @@ from leapasr.audio import SAMPLE_RATE, AudioError, read_audio
 from leapasr.chunks import Chunk, by_length, cut_recording, windows
 from leapasr.decoding import DecodingOptions, DecodingResult, Prompts, SpeechLlamaDecoder, build_loop
 from leapasr.decoding.costs import FREE, CallCosts, known_costs
-from leapasr.decoding.ctc import ctc_drafters, greedy_ctc
+from leapasr.decoding.ctc import greedy_ctc, read_ctc
+from leapasr.decoding.drafts import Drafter, build_drafter
 from leapasr.decoding.guards import MAX_TOKENS_AT_LEAST, MAX_TOKENS_PER_SECOND, token_bound
 from leapasr.model.checkpoints import CheckpointError
 from leapasr.model.encoders import FEATURE_RATE
@@ -291,18 +292,19 @@ class Transcriber:
 
         for batch in batches:
             with _timed(self.model.device) as timer:
-                drafters = ctc_drafters(
-                    options,
-                    batch.ctc_logits_BTV,
-                    batch.ctc_lengths_B,
-                    blank=self.model.config.blank_token_id,
-                    end_token=min(self.decoder.end_tokens),
-                )
+                drafters = self._drafters(batch, options)
                 keys = loop.add(batch.prompts, max_tokens=batch.max_tokens, drafters=drafters)
             rows |= {key: (batch, row) for row, key in enumerate(keys)}
             seconds |= dict.fromkeys(keys, timer.seconds / max(1, len(keys)))
             yield from decode_until(num_left)
         yield from decode_until(0)
+
+    def _drafters(self, batch: EncodedBatch, options: DecodingOptions) -> list[Drafter] | None:
+        if not options.reads_ctc:
+            return None
+        end_token = min(self.decoder.end_tokens)
+        readings = read_ctc(batch.ctc_logits_BTV, batch.ctc_lengths_B, blank=self.model.config.blank_token_id)
+        return [build_drafter(options, reading, end_token=end_token) for reading in readings]
 
     def decode_ctc(self, batch: EncodedBatch) -> DecodedBatch:
         """What the CTC head alone says, greedily, without one decoder call and without a trace."""

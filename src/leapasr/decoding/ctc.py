@@ -11,8 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from leapasr.decoding.drafts import Drafter, Reading, build_drafter
-from leapasr.decoding.options import DecodingOptions
+from leapasr.decoding.drafts import Reading
 from leapasr.model.adapter import begins
 
 
@@ -48,16 +47,6 @@ def read_ctc(logits_BTV: Tensor, lengths_B: Tensor, *, blank: int) -> list[Readi
         surest.scatter_reduce_(0, runs[spoken], probabilities[spoken], "amax")
         readings.append(Reading(tokens.tolist(), surest.tolist()))
     return readings
-
-
-def ctc_drafters(
-    options: DecodingOptions, logits_BTV: Tensor, lengths_B: Tensor, *, blank: int, end_token: int
-) -> list[Drafter] | None:
-    """A drafter for each row, if `options` draft what CTC reads; else None, as `DecodingLoop.add` takes it."""
-    if not options.reads_ctc:
-        return None
-    readings = read_ctc(logits_BTV, lengths_B, blank=blank)
-    return [build_drafter(options, reading, end_token=end_token) for reading in readings]
 
 
 def align_ctc(log_probs_TV: Tensor, tokens: Sequence[int], *, blank: int) -> list[tuple[int, int]] | None:
