@@ -1,6 +1,14 @@
-"""Evaluate a model on test sets, beside faster-whisper on the same audio, and write docs/results.md and .json.
+r"""Evaluate a model on test sets, beside faster-whisper on the same audio, and write docs/results.md and .json.
 
     python experiments/results.py --speech SPEECH --synthetic MANIFEST --peer tiny.en=FOLDER --peer base=FOLDER
+
+The synthetic set is speech of text that no training read: the transcripts of test-clean, whose books are kept out
+of the prose, a sentence a line:
+
+    jq -r 'select(.use == "test") | .text | ascii_downcase | (.[:1] | ascii_upcase) + .[1:] + "."' \
+        SPEECH/librispeech/manifest.jsonl > text
+    leapasr synthesize text --output FOLDER --hours 0.6 --seed 7
+    head -400 FOLDER/manifest.jsonl > FOLDER/test.jsonl
 
 Words are counted on each whole set. Times are taken on utterances spread evenly over one set, at batch 1
 and 8, every system in turn, several rounds; medians and ranges are given.
@@ -12,8 +20,7 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -22,18 +29,19 @@ from lhotse.cut import Cut
 from leapasr.data.manifests import read_manifest, spread
 from leapasr.decoding import DecodingOptions
 from leapasr.evaluation.evaluate import Report, Strategy, evaluate
+from leapasr.evaluation.peers import FasterWhisper
 from leapasr.evaluation.scoring import count_errors, word_error_rate, word_error_rate_difference
 from leapasr.text import NORMALIZER, PLAIN
 from leapasr.transcriber import Transcriber, load
 
-STRATEGIES: tuple[Strategy, ...] = (
-    "ctc",
-    DecodingOptions(strategy="autoregressive"),
-    DecodingOptions(strategy="verify", drafts="mtp"),
-    DecodingOptions(strategy="verify", drafts="both", draft_length="full"),
-    DecodingOptions(strategy="verify", drafts="both"),
-    *(DecodingOptions(strategy="threshold", threshold=threshold) for threshold in (0.9, 0.7, 0.5)),
-)
+STRATEGIES: dict[str, Strategy] = {
+    "ctc": "ctc",
+    "autoregressive": DecodingOptions(strategy="autoregressive"),
+    "verify mtp": DecodingOptions(strategy="verify", drafts="mtp"),
+    "verify both full": DecodingOptions(strategy="verify", drafts="both", draft_length="full"),
+    "verify both": DecodingOptions(strategy="verify", drafts="both"),
+    **{f"threshold {at}": DecodingOptions(strategy="threshold", threshold=at) for at in (0.9, 0.7, 0.5)},
+}
 TEST_SETS = {
     "librispeech/test (official test-clean)": "librispeech",
     "commonvoice_en/test": "commonvoice_en",
@@ -41,46 +49,27 @@ TEST_SETS = {
 }
 
 
-@dataclass(frozen=True)
-class PeerResult:
-    """What another system wrote for a set, and the seconds that it took."""
-
-    hypotheses: list[str]
-    seconds: float
-
-
-class Whisper:
-    """A faster-whisper model, int8, greedy, one utterance at a time; it does not use its own fallback temperatures."""
-
-    def __init__(self, name: str, folder: str):
-        from faster_whisper import WhisperModel
-
-        self.name = f"faster-whisper {name}"
-        self.model = WhisperModel(folder, device="cpu", compute_type="int8", cpu_threads=torch.get_num_threads())
-
-    def run(self, samples: Sequence) -> PeerResult:
-        start, hypotheses = time.perf_counter(), []
-        for audio in samples:
-            segments, _ = self.model.transcribe(
-                audio, language="en", beam_size=1, temperature=0.0, without_timestamps=True
-            )
-            hypotheses.append(" ".join(segment.text.strip() for segment in segments))
-        return PeerResult(hypotheses, time.perf_counter() - start)
+def test_sets(speech: Path, synthetic: Path | None) -> dict[str, tuple[Path, str | None]]:
+    """Manifests by the names of their sets, and which lines of them count."""
+    sets: dict[str, tuple[Path, str | None]] = {
+        name: (speech / folder / "manifest.jsonl", "test") for name, folder in TEST_SETS.items()
+    }
+    return sets | ({"synthetic": (synthetic, None)} if synthetic else {})
 
 
 def percent(value: float) -> str:
     return f"{100 * value:.2f}"
 
 
-def accuracy_table(reports: Sequence[Report]) -> list[str]:
-    """Markdown of one test set."""
+def accuracy_table(reports: Mapping[str, Report]) -> list[str]:
+    """Markdown of one test set, a row a strategy."""
     lines = [
         "| system | WER % (95% interval) | plain WER % | calls | tokens per call | call reduction | same tokens % |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for report in reports:
+    for name, report in reports.items():
         lines.append(
-            f"| {report.label} | {percent(report.wer)} ({percent(report.wer_low)} to {percent(report.wer_high)}) "
+            f"| {name} | {percent(report.wer)} ({percent(report.wer_low)} to {percent(report.wer_high)}) "
             f"| {percent(report.wer_plain)} | {report.decoder_calls} | {report.tokens_per_call or 0:.2f} "
             f"| {report.call_reduction or 0:.2f} | {percent(report.identical_to_autoregressive)} |"
         )
@@ -115,24 +104,43 @@ def peer_table(ours: Report, peers: dict[str, list[str]], compared: Sequence[int
 
 
 def measure_times(
-    transcriber: Transcriber, cuts: Sequence[Cut], peers: Sequence[Whisper], *, rounds: int
+    transcriber: Transcriber,
+    cuts: Sequence[Cut],
+    strategies: Mapping[str, Strategy],
+    peers: Sequence[FasterWhisper] = (),
+    *,
+    rounds: int,
 ) -> dict[str, list[float]]:
     """Seconds of every system on `cuts`, a list of `rounds` values each, the systems taking turns."""
     samples = [cut.load_audio()[0] for cut in cuts]
     seconds: dict[str, list[float]] = {}
     for _ in range(rounds):
         for batch_size in (1, 8):
-            for report in evaluate(transcriber, cuts, STRATEGIES, batch_size=batch_size):
-                seconds.setdefault(f"leapasr {report.label}, batch {batch_size}", []).append(report.seconds)
+            reports = evaluate(transcriber, cuts, list(strategies.values()), batch_size=batch_size)
+            for name, report in zip(strategies, reports, strict=True):
+                seconds.setdefault(f"leapasr {name}, batch {batch_size}", []).append(report.seconds)
         for peer in peers:
-            seconds.setdefault(f"{peer.name} int8 greedy, batch 1", []).append(peer.run(samples).seconds)
+            start = time.perf_counter()
+            peer.transcribe(samples)
+            name = f"faster-whisper {peer.name} int8 greedy, batch 1"
+            seconds.setdefault(name, []).append(time.perf_counter() - start)
     return seconds
+
+
+def time_table(seconds: dict[str, list[float]], audio_seconds: float) -> tuple[list[str], list[dict]]:
+    """Markdown and figures of what `measure_times` gave."""
+    lines, figures = ["| system | RTFx, median (range) |", "| --- | --- |"], []
+    for name, values in seconds.items():
+        rates = sorted(audio_seconds / value for value in values)
+        lines.append(f"| {name} | {statistics.median(rates):.1f} ({rates[0]:.1f} to {rates[-1]:.1f}) |")
+        figures.append({"timing": name, "audio_seconds": audio_seconds, "seconds": values})
+    return lines, figures
 
 
 def write(page: Sequence[str], figures: Sequence[dict], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "results.md").write_text("\n".join(page) + "\n")
-    (folder / "results.json").write_text(json.dumps(figures, indent=1, default=asdict) + "\n")
+    (folder / "results.json").write_text(json.dumps(figures, indent=1) + "\n")
 
 
 def main() -> None:
@@ -151,10 +159,8 @@ def main() -> None:
     arguments = parser.parse_args()
 
     transcriber = load(arguments.model) if arguments.model else load()
-    peers = [Whisper(*peer.split("=", 1)) for peer in arguments.peer]
-    sets = {name: (arguments.speech / folder / "manifest.jsonl", "test") for name, folder in TEST_SETS.items()}
-    if arguments.synthetic:
-        sets["synthetic"] = (arguments.synthetic, None)
+    peers = [FasterWhisper(*peer.split("=", 1)) for peer in arguments.peer]
+    sets = test_sets(arguments.speech, arguments.synthetic)
     figures, page = [], [
         "# Results",
         "",
@@ -162,18 +168,18 @@ def main() -> None:
         "apostrophes. What the figures mean: `leapasr.evaluation.evaluate`. All rows of a set are of one run, "
         f"float32, batch {arguments.batch_size}, {torch.get_num_threads()} CPU threads. *full* drafts are all that CTC "
         "read; without the word they are cut where a wider call is not worth it, so that their calls depend on the "
-        "machine.",
+        "machine. The synthetic set is sentences of test-clean's transcripts in synthetic voices.",
     ]  # fmt: skip
     for name, (manifest, use) in sets.items():
         cuts = list(read_manifest(manifest, use=use, limit=arguments.limit).cuts)
         print(name, len(cuts), flush=True)
-        reports = evaluate(transcriber, cuts, STRATEGIES, batch_size=arguments.batch_size, test_set=name)
+        reports = evaluate(transcriber, cuts, list(STRATEGIES.values()), batch_size=arguments.batch_size, test_set=name)
         compared = spread(list(range(len(cuts))), arguments.peer_limit)
         samples = [cuts[index].load_audio()[0] for index in compared]
-        written = {peer.name: peer.run(samples).hypotheses for peer in peers}
+        written = {f"faster-whisper {peer.name}": peer.transcribe(samples) for peer in peers}
         hours = reports[0].audio_seconds / 3600
         page += ["", f"## {name}: {len(cuts)} utterances, {hours:.2f} h", ""]
-        page += accuracy_table(reports)
+        page += accuracy_table(dict(zip(STRATEGIES, reports, strict=True)))
         figures += [report.figures() for report in reports]
         if peers:
             autoregressive = next(report for report in reports if report.strategy == "autoregressive")
@@ -184,20 +190,18 @@ def main() -> None:
     first_manifest, first_use = next(iter(sets.values()))
     timed = list(read_manifest(first_manifest, use=first_use, limit=arguments.timed).cuts)
     audio_seconds = sum(cut.duration for cut in timed)
-    seconds = measure_times(transcriber, timed, peers, rounds=arguments.rounds)
     page += [
         "",
         f"## Speed: {len(timed)} utterances of {next(iter(sets))}, {audio_seconds:.0f} s of audio",
         "",
         f"Features, encoder and decoding; {arguments.rounds} rounds, the systems taking turns in one process.",
         "",
-        "| system | RTFx, median (range) |",
-        "| --- | --- |",
     ]
-    for name, values in seconds.items():
-        rates = sorted(audio_seconds / value for value in values)
-        page.append(f"| {name} | {statistics.median(rates):.1f} ({rates[0]:.1f} to {rates[-1]:.1f}) |")
-        figures.append({"timing": name, "audio_seconds": audio_seconds, "seconds": values})
+    lines, times = time_table(
+        measure_times(transcriber, timed, STRATEGIES, peers, rounds=arguments.rounds), audio_seconds
+    )
+    page += lines
+    figures += times
     write(page, figures, arguments.output)
     print("\n".join(page))
 

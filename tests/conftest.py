@@ -12,10 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import DynamicCache, LlamaConfig, WhisperConfig, WhisperFeatureExtractor
+from transformers import LlamaConfig, WhisperConfig, WhisperFeatureExtractor
 
 from leapasr.audio import SAMPLE_RATE
-from leapasr.decoding import Prompts
 from leapasr.model.configuration import SpeechLlamaConfig
 from leapasr.model.processing import SpeechLlamaProcessor
 from leapasr.model.speech_llama import SpeechLlamaForConditionalGeneration
@@ -81,29 +80,6 @@ def tiny_config(
         head_type=head_type,
         draft_layers=draft_layers,
     )
-
-
-@torch.inference_mode()
-def generated(model: SpeechLlamaForConditionalGeneration, prompts: Prompts, row: int, *, max_new_tokens: int) -> list:
-    """What transformers' own greedy `generate` makes of a row, end-of-text included."""
-    prompt = prompts.row(row)
-    inputs = {"inputs_embeds": prompt.embeddings_BLD, "do_sample": False, "max_new_tokens": max_new_tokens}
-    if prompt.memory_BMD is None:
-        return model.decoder.generate(position_ids=prompt.positions_BL, **inputs)[0].tolist()
-    memory = DynamicCache()
-    model.remember(prompt.memory_BMD, memory)
-    # it leaves out as many places as there are in the cache
-    own_memory = prompt.memory_BMD[..., : prompt.embeddings_BLD.shape[-1]]
-    inputs["inputs_embeds"] = torch.cat([own_memory, prompt.embeddings_BLD], 1)
-    num_slots = inputs["inputs_embeds"].shape[1]
-    places = iter(model.text_positions.weight[1:])  # of the tokens that it is fed, one a step
-    hook = model.get_input_embeddings().register_forward_hook(lambda module, given, output: output + next(places))
-    try:
-        return model.decoder.generate(
-            past_key_values=memory, attention_mask=torch.ones(1, num_slots, dtype=torch.long), **inputs
-        )[0].tolist()
-    finally:
-        hook.remove()
 
 
 @cache

@@ -470,5 +470,5 @@ def test_info(tiny_model_folder, transcriber):
 
 def test_help_and_version():
     assert CliRunner().invoke(app, ["--version"]).stdout == f"{leapasr.__version__}\n"
-    for command in ("transcribe", "evaluate", "train", "info", "synthesize", "restore"):
+    for command in ("transcribe", "evaluate", "bench", "train", "info", "synthesize", "restore"):
         assert CliRunner().invoke(app, [command, "--help"]).exit_code == 0

@@ -11,7 +11,7 @@ from test_decoding import MAX_TOKENS, VERIFY, make_prompts, outcomes, scripted
 
 from leapasr.decoding import DecodingOptions, SpeechLlamaDecoder, decode
 from leapasr.decoding.costs import FREE, CallCosts, known_costs, measure_costs, num_worth_drafting
-from leapasr.decoding.reference import decode_reference
+from leapasr.decoding.reference import beam_reference, decode_reference
 
 COSTS = CallCosts((1, 4), (1, 2, 10), ((1.0, 2.0, 4.0), (3.0, 6.0, 12.0)))
 STEEP = CallCosts((1, 2), (1, 2), ((1.0, 100.0), (1.0, 100.0)))
@@ -57,6 +57,19 @@ def test_costs_change_calls_and_no_token(decoder, costs):
     assert outcomes(results) == outcomes(references)
     calls, most = (sum(result.num_calls for result in each) for each in (results, references))
     assert calls == most if costs is STEEP else calls < most
+
+
+@pytest.mark.parametrize("costs", [COSTS, STEEP])
+@pytest.mark.parametrize("num_rows", [1, 5])
+def test_costs_change_a_beams_calls_and_no_hypothesis(decoder, costs, num_rows):
+    prompts, bounds = make_prompts(num_rows), [MAX_TOKENS] * num_rows
+    options = DecodingOptions(strategy="beam", beam_size=3, nbest=3, drafts="mtp", max_repeats=4)
+    expected = beam_reference(decoder, prompts, options, max_tokens=bounds)
+    free, weighed = (decode(decoder, prompts, options, max_tokens=bounds, costs=each) for each in (FREE, costs))
+    for result, hypotheses in zip(weighed, expected, strict=True):
+        assert [each.tokens for each in result.hypotheses] == [each.tokens for each in hypotheses]
+    if costs is STEEP:
+        assert sum(result.num_calls for result in free) < sum(result.num_calls for result in weighed)
 
 
 def test_relaxed_verification_checks_all_that_is_drafted(decoder):

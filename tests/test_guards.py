@@ -81,7 +81,7 @@ def test_rows_that_cannot_be_guarded(lengths, max_tokens, message):
         ({"ratio": 0.5}, "ratio 0.5 and top None have no meaning for strategy 'verify'"),
         ({"strategy": "threshold", "threshold": 0.5, "top": 2}, "no meaning for strategy 'threshold'"),
         ({"draft_length": "long"}, "unknown draft_length 'long': choose one of worthwhile, full"),
-        ({"strategy": "beam", "draft_length": "full"}, "with drafts from CTC, not 'beam' with drafts 'both'"),
+        ({"strategy": "relaxed", "ratio": 0.3, "draft_length": "full"}, "not 'relaxed' with drafts 'both'"),
         ({"drafts": "mtp", "draft_length": "full"}, "with drafts from CTC, not 'verify' with drafts 'mtp'"),
         ({"max_tokens": 0}, "max_tokens must be at least 1, got 0"),
         ({"max_repeats": 1}, "max_repeats must be at least 2, got 1"),

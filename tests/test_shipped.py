@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import generated
 
 from leapasr.audio import read_audio
 from leapasr.chunks import Chunk
 from leapasr.decoding import DecodingOptions
 from leapasr.decoding.reference import beam_reference, decode_reference, full_forward
+from leapasr.evaluation.peers import generate
 from leapasr.evaluation.scoring import count_errors
 from leapasr.model.speech_llama import SpeechLlamaForConditionalGeneration
 from leapasr.text import NORMALIZER
@@ -104,8 +104,8 @@ def test_cached_hidden_states_are_those_of_one_forward_pass(transcriber, batch):
 def test_transformers_generate_writes_the_same(transcriber, batch):
     model = transcriber.model
     results = transcriber.decode(batch, AUTOREGRESSIVE).results
-    for row, result in enumerate(results):
-        tokens = generated(model, batch.prompts, row, max_new_tokens=batch.max_tokens[row])
+    written = generate(model, batch.prompts, max_tokens=max(batch.max_tokens))
+    for tokens, result in zip(written, results, strict=True):
         assert tokens[:-1] == result.tokens
         assert tokens[-1] == model.config.eos_token_id
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import generated
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from transformers import LlamaConfig, PreTrainedTokenizerFast, WhisperConfig, WhisperForConditionalGeneration
@@ -19,6 +18,7 @@ from leapasr.config import ModelPreset
 from leapasr.decoding import DecodingOptions, Prompts, SpeechLlamaDecoder, decode
 from leapasr.decoding.drafts import Reading, build_drafter
 from leapasr.decoding.reference import beam_reference, decode_reference
+from leapasr.evaluation.peers import generate
 from leapasr.model.building import build_model, build_processor
 from leapasr.model.checkpoints import CheckpointError, load_whisper, whisper_tokenizer
 from leapasr.model.speech_llama import SpeechLlamaForConditionalGeneration
@@ -159,9 +159,11 @@ def test_transformers_generate_writes_the_same(built):
     audio, _ = features(4, seed=5)
     prompts = Prompts(*model.prompt(model.encode(audio, torch.tensor([48, 31, 12, 40]))))
     options = DecodingOptions(strategy="autoregressive", max_repeats=None)
+    written = generate(model, prompts, max_tokens=model.config.text_positions - 1)
     for row, result in enumerate(decode(SpeechLlamaDecoder(model), prompts, options)):
-        tokens = generated(model, prompts, row, max_new_tokens=model.config.text_positions - 1)
-        assert result.tokens == [token for token in tokens if token != model.config.eos_token_id]
+        alone = generate(model, prompts.row(row), max_tokens=model.config.text_positions - 1)
+        for tokens in (*alone, written[row]):
+            assert result.tokens == [token for token in tokens if token != model.config.eos_token_id]
 
 
 @torch.no_grad()

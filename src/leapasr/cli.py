@@ -55,8 +55,10 @@ Drafts = Annotated[
 ]
 DraftLength = Annotated[
     Literal["worthwhile", "full"] | None,
-    typer.Option(help="For --strategy verify: drafts as long as is fastest on this machine, or all; worthwhile."),
+    typer.Option(help="For --strategy verify, beam: drafts as long as is fastest on this machine, or all; worthwhile."),
 ]
+Use = Annotated[Literal["train", "dev", "test"] | None, typer.Option(help="Only utterances of this use.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="So many utterances, spread over each manifest.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Stretches of audio computed together.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; a GPU, if there is one, without it.")]
 Dtype = Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="Floating-point type to compute in.")]
@@ -214,8 +216,8 @@ def evaluate(
     heads: Heads = None,
     drafts: Drafts = None,
     draft_length: DraftLength = None,
-    use: Annotated[Literal["train", "dev", "test"] | None, typer.Option(help="Only utterances of this use.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="So many utterances, spread over each manifest.")] = None,
+    use: Use = None,
+    limit: Limit = None,
     batch_size: BatchSize = 8,
     device: Device = None,
     dtype: Dtype = "float32",
@@ -276,6 +278,59 @@ def evaluate(
             if hypotheses:
                 write_hypotheses(reports, hypotheses)
     raise typer.Exit(1 if failed else 0)
+
+
+@app.command()
+def bench(
+    manifests: Annotated[list[Path], typer.Argument(help="Manifests: leapasr, NeMo, lhotse or Kaldi.")],
+    model: Model = None,
+    use: Use = None,
+    limit: Limit = None,
+    batch_size: Annotated[str, typer.Option(help="Stretches of audio computed together: sizes, by commas.")] = "1,8",
+    repeat: Annotated[int, typer.Option(min=1, help="Rounds in which every system takes its turn.")] = 3,
+    peer: Annotated[
+        list[str] | None, typer.Option(help="NAME=FOLDER of a faster-whisper model to time as well; may be repeated.")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
+    device: Device = None,
+    dtype: Dtype = "float32",
+    json: Annotated[Path | None, typer.Option(help="Write a row a system and batch size to this file.")] = None,
+    plots: Annotated[Path | None, typer.Option(help="Folder for speedup.png and time.png.")] = None,
+) -> None:
+    """Time strategies side by side with transformers' generate, and faster-whisper, on the same audio."""
+    from rich.console import Console
+
+    with reported():
+        import torch
+
+        from leapasr.evaluation import bench as timing
+        from leapasr.evaluation.bench_report import bench_table, draw, write_rows
+        from leapasr.evaluation.peers import FasterWhisper
+        from leapasr.evaluation.systems import build_systems
+        from leapasr.transcriber import load
+
+        sizes, folders = timing.sizes_of(batch_size), timing.folders_of(peer or [])
+        utterances = timing.read_utterances(manifests, use=use, limit=limit)
+        for problem in utterances.problems:
+            complain(problem)
+        quiet_libraries()
+        if threads:
+            torch.set_num_threads(threads)
+        transcriber = load(model, device=device, dtype=dtype)
+        kind = transcriber.model.device.type
+        systems = build_systems(
+            transcriber, [FasterWhisper(name, folder, device=kind) for name, folder in folders.items()]
+        )
+        total = timing.num_turns(systems, sizes, repeat)
+        with progress_bar("rounds", total=total, unit="turns") as advance:
+            rows = timing.bench(transcriber, systems, utterances, batch_sizes=sizes, rounds=repeat, progress=advance)
+        Console().print(bench_table(rows))
+        if json:
+            write_rows(rows, json)
+        if plots:
+            for path in draw(rows, plots):
+                typer.echo(path)
+    raise typer.Exit(1 if utterances.problems else 0)
 
 
 @app.command()

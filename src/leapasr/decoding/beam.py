@@ -107,12 +107,14 @@ class _Candidate(NamedTuple):
 class _Line(NamedTuple):
     """A row of the next call.
 
-    source: the row of the cache that it goes on from, as far as `path`; feed: the nodes to feed behind that.
+    source: the row of the cache that it goes on from, as far as `path`; feed: the nodes to feed behind that, of which
+    the first `num_needed` are no draft.
     """
 
     source: int
     path: list[_Node]
     feed: list[_Node]
+    num_needed: int
 
 
 @dataclass(slots=True)
@@ -191,10 +193,11 @@ class _Search:
         for node, draft in feeds:
             path = node.path()
             source, num_held = self._holding(path)
-            lines.append(_Line(first + source, path[:num_held], [*path[num_held:], *draft]))
+            needed = path[num_held:]
+            lines.append(_Line(first + source, path[:num_held], [*needed, *draft], len(needed)))
         source, num_held = self._holding(best)
         if all(_num_common([*line.path, *line.feed], best) < num_held for line in lines):
-            lines.append(_Line(first + source, list(best[:num_held]), []))
+            lines.append(_Line(first + source, list(best[:num_held]), [], 0))
         return lines
 
     def _holding(self, path: Sequence[_Node]) -> tuple[int, int]:
@@ -291,9 +294,11 @@ class BeamLoop(DecodingLoop):
             num_known = [0] * len(of_rows)
         else:
             lines = [
-                [_Line(n, [row.root], self._draft_nodes(row, row.root, (), [row.root]))] for n, row in enumerate(rows)
+                [_Line(n, [row.root], self._draft_nodes(row, row.root, (), [row.root]), 0)]
+                for n, row in enumerate(rows)
             ]
             num_known = prompts.lengths_B.tolist()
+        lines = self._worthwhile_lines(lines, max(num_known))
         fed = [line.feed for each in lines for line in each]
         prompt_lengths = [row.prompt_length for row, each in zip(rows, lines, strict=True) for _ in each]
         hidden_BWD = self._call([[node.token for node in nodes] for nodes in fed], cache, prompt_lengths, prompts)
@@ -302,10 +307,14 @@ class BeamLoop(DecodingLoop):
             fed = [[row.root, *nodes] for row, nodes in zip(rows, fed, strict=True)]
         steps = [row.num_calls for row, each in zip(rows, lines, strict=True) for _ in each]
         self._read_nodes(fed, steps, hidden_BWD, [max(0, known - 1) for known in num_known])
+        num_before = sum(row.beam[0].node.depth for row in rows)
         for row, each in zip(rows, lines, strict=True):
             row.num_calls += 1
             row.lines = [[*line.path, *line.feed] for line in each]
             row.advance(self.decoder.end_tokens)
+        if prompts is None:
+            num_found = sum(row.beam[0].node.depth for row in rows) - num_before
+            self._observe(hidden_BWD.shape[1], num_found / len(rows))
 
     def _lines(self, rows: Sequence[_Search]) -> list[list[_Line]]:
         """What the next call feeds for each row."""
@@ -318,6 +327,17 @@ class BeamLoop(DecodingLoop):
             lines.append(row.lines_for(feeds, best, first))
             first += row.num_lines
         return lines
+
+    def _worthwhile_lines(self, lines: list[list[_Line]], num_known: int) -> list[list[_Line]]:
+        """The lines with their drafts as far as these are worth making a call of this width wider."""
+        if self._costs is FREE:
+            return lines
+        drafts = [
+            [node.drafted for node in line.feed[line.num_needed :] if node.drafted] for each in lines for line in each
+        ]
+        width = max(num_known, *(line.num_needed for each in lines for line in each))
+        kept = iter(self._worthwhile(drafts, width))
+        return [[line._replace(feed=line.feed[: line.num_needed + len(next(kept))]) for line in each] for each in lines]
 
     def _guesses(self, nodes: Sequence[_Node]) -> list[list[DraftToken]]:
         """What heads 2..K say behind each of `nodes`, as read where its parent was."""

@@ -263,8 +263,7 @@ class DecodingLoop:
         hidden_BWD = self._call(tokens, cache, [row.prompt_length for row in rows], prompts)
         readings = self._read(hidden_BWD, num_known, drafts)
         if prompts is None:
-            self._width += (hidden_BWD.shape[1] - self._width) / 8
-            self._gain += (1 + sum(reading.num_accepted for reading in readings) / len(rows) - self._gain) / 8
+            self._observe(hidden_BWD.shape[1], 1 + sum(reading.num_accepted for reading in readings) / len(rows))
         for row, draft, reading in zip(rows, drafts, readings, strict=True):
             row.num_calls += 1
             row.drafter.review(reading.verdicts(len(draft)), reading.num_accepted, reading.behind(len(draft)))
@@ -300,6 +299,11 @@ class DecodingLoop:
         draft = self.strategy.propose(row.drafter, row.tokens, row.guesses)
         room = row.guards.max_tokens - len(row.tokens) - 1  # the bonus token takes one
         return until_end(draft[:room], self.decoder.end_tokens)
+
+    def _observe(self, width: int, gain: float) -> None:
+        """Let a call of this width, which brought a row so many tokens, count for what calls are worth."""
+        self._width += (width - self._width) / 8
+        self._gain += (gain - self._gain) / 8
 
     def _worthwhile(self, drafts: Sequence[Sequence[DraftToken]], width: int) -> list[Sequence[DraftToken]]:
         """Each row's draft as far as it is worth making a call of this `width` wider."""

@@ -22,7 +22,7 @@ import soundfile
 from lhotse.audio.utils import AudioLoadingError, DurationMismatchError
 from lhotse.cut import Cut
 
-from leapasr.audio import SAMPLE_RATE, resample
+from leapasr.audio import SAMPLE_RATE, AudioError, resample
 from leapasr.chunks import Chunk, by_length, windows
 from leapasr.decoding import DecodingOptions
 from leapasr.decoding.trace import TokenRecord, accept_length_histogram
@@ -151,6 +151,24 @@ def compare(first: Report, second: Report) -> Interval:
     return word_error_rate_difference(first.word_errors(), second.word_errors())
 
 
+def samples_of(cut: Cut) -> np.ndarray:
+    """16 kHz mono samples (num_samples,) of a cut.
+
+    Raises:
+        AudioError: they cannot be read; the message names the cut.
+    """
+    try:
+        return resample(cut.load_audio().mean(0), cut.sampling_rate)
+    except _UNREADABLE as error:
+        reason = str(error).split(" Details:")[0].splitlines() or [type(error).__name__]
+        raise AudioError(f"{cut.id}: its audio cannot be read ({reason[0]})") from error
+
+
+def reference_of(cut: Cut) -> str:
+    """What is said in a cut."""
+    return " ".join(supervision.text or "" for supervision in cut.supervisions)
+
+
 @dataclass
 class _Tally:
     """What one strategy has given so far; a piece is a chunk of an utterance."""
@@ -185,10 +203,9 @@ class _Run:
         """Samples of every cut, by its key; a cut that cannot be read is taken out of the run."""
         for key, cut in list(self.cuts.items()):
             try:
-                samples = resample(cut.load_audio().mean(0), cut.sampling_rate)
-            except _UNREADABLE as error:
-                reason = str(error).split(" Details:")[0].splitlines() or [type(error).__name__]
-                self.problems.append(f"{cut.id}: its audio cannot be read ({reason[0]})")
+                samples = samples_of(cut)
+            except AudioError as error:
+                self.problems.append(str(error))
                 del self.cuts[key]
                 continue
             self.audio_seconds += len(samples) / SAMPLE_RATE
@@ -215,13 +232,13 @@ class _Run:
     def utterances(self, strategy: Strategy) -> list[Utterance]:
         tally = self.tallies[strategy]
         return [
-            Utterance(cut.id, _reference(cut), tally.text(key), tally.tokens(key), tally.calls[key])
+            Utterance(cut.id, reference_of(cut), tally.text(key), tally.tokens(key), tally.calls[key])
             for key, cut in self.cuts.items()
         ]
 
     def word_errors(self, strategy: Strategy, normalizer: Normalizer = NORMALIZER) -> WordErrors:
         texts = [self.tallies[strategy].text(key) for key in self.cuts]
-        return count_errors(list(map(_reference, self.cuts.values())), texts, normalizer)
+        return count_errors(list(map(reference_of, self.cuts.values())), texts, normalizer)
 
     def report(self, strategy: Strategy) -> Report:
         baseline = _autoregressive(strategy)
@@ -338,10 +355,6 @@ def _settings(strategy: Strategy, num_heads: int) -> dict[str, Any]:
         "draft_length": strategy.draft_length_used,
         "num_heads": strategy.num_heads_used(num_heads),
     }
-
-
-def _reference(cut: Cut) -> str:
-    return " ".join(supervision.text or "" for supervision in cut.supervisions)
 
 
 def write_reports(reports: Sequence[Report], path: Path) -> None:

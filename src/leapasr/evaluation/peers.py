@@ -1,0 +1,131 @@
+"""What leapasr is set against: transformers' `generate` on the same weights, faster-whisper on the same audio.
+
+Shapes: B rows, L prompt positions, M positions of a memory, W step width, D width.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache
+
+from leapasr.audio import SAMPLE_RATE
+from leapasr.decoding import Prompts
+from leapasr.model.encoders import padding_mask
+from leapasr.model.speech_llama import SpeechLlamaForConditionalGeneration
+
+
+@torch.inference_mode()
+def generate(
+    model: SpeechLlamaForConditionalGeneration, prompts: Prompts, *, max_tokens: int, **options: Any
+) -> list[list[int]]:
+    """Greedy decoding of a batch by transformers' own `generate`: ids of each row, end-of-text included.
+
+    Args:
+        max_tokens: most tokens a row, end-of-text included.
+        options: further arguments of `generate`.
+    """
+    embeddings_BLD, lengths_B = prompts.embeddings_BLD, prompts.lengths_B
+    rows, num_places = embeddings_BLD.shape[:2]
+    inputs: dict[str, Any] = {"do_sample": False, "max_new_tokens": max_tokens, **options}
+    if prompts.memory_BMD is None:
+        order_BL = torch.arange(num_places, device=lengths_B.device) - (num_places - lengths_B[:, None])
+        inputs["attention_mask"] = (order_BL >= 0).long()  # it wants padding on the left
+        order_BL = order_BL.clamp(min=0)
+        inputs["inputs_embeds"] = embeddings_BLD.gather(1, order_BL[..., None].expand_as(embeddings_BLD))
+        if prompts.positions_BL is not None:
+            inputs["position_ids"] = prompts.positions_BL.gather(1, order_BL)
+    else:
+        assert prompts.memory_lengths_B is not None
+        memory = DynamicCache()
+        model.remember(prompts.memory_BMD, memory)
+        # it leaves out as many places as there are in the cache
+        own_memory = prompts.memory_BMD[..., : embeddings_BLD.shape[-1]]
+        num_places += own_memory.shape[1]
+        remembered_BM = padding_mask(prompts.memory_lengths_B, own_memory.shape[1]).long()
+        begin_BL = remembered_BM.new_ones(rows, embeddings_BLD.shape[1])
+        inputs["attention_mask"] = torch.cat([remembered_BM, begin_BL], 1)
+        inputs["inputs_embeds"] = torch.cat([own_memory, embeddings_BLD], 1)
+        inputs["past_key_values"] = memory
+    ends = model.decoder.config.eos_token_id
+    ends = [ends] if isinstance(ends, int) else ends
+    with _text_positions(model, num_places):
+        written = model.decoder.generate(pad_token_id=ends[0], **inputs).tolist()
+    return [row[: next((place + 1 for place, token in enumerate(row) if token in ends), len(row))] for row in written]
+
+
+@contextmanager
+def _text_positions(model: SpeechLlamaForConditionalGeneration, num_places: int) -> Iterator[None]:
+    """Let the decoder, given ids, embed them as text behind `num_places` places of prompt and memory."""
+
+    def embed(module: Any, args: tuple, given: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        tokens_BW: Tensor | None = given.get("input_ids")
+        if tokens_BW is None:
+            return args, given
+        first = int(given["past_key_values"].get_seq_length()) - num_places + 1  # place 0 is begin-of-text's
+        places_W = first + torch.arange(tokens_BW.shape[1], device=tokens_BW.device)
+        return args, {**given, "input_ids": None, "inputs_embeds": model.embed_text(tokens_BW, places_W[None])}
+
+    hook = model.decoder.base_model.register_forward_pre_hook(embed, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+class FasterWhisper:
+    """A faster-whisper model, int8, greedy, without its fallback to other temperatures.
+
+    Args:
+        name: for tables.
+        folder: a CTranslate2 folder of an English or multilingual Whisper.
+        device: ``cpu`` or ``cuda``.
+
+    Raises:
+        ImportError: faster-whisper is not installed.
+        ValueError: the folder holds no such model.
+    """
+
+    def __init__(self, name: str, folder: str | Path, *, device: str = "cpu"):
+        try:
+            from faster_whisper import BatchedInferencePipeline, WhisperModel
+        except ImportError as error:
+            raise ImportError("faster-whisper is not installed: pip install 'leapasr[bench]'") from error
+        logging.getLogger("faster_whisper").setLevel(logging.ERROR)
+        self.name = name
+        try:
+            self.model = WhisperModel(
+                str(folder), device=device, compute_type="int8", cpu_threads=torch.get_num_threads()
+            )
+        except (RuntimeError, OSError) as error:
+            raise ValueError(f"{folder} holds no model that faster-whisper can read: {error}") from error
+        self.pipeline = BatchedInferencePipeline(self.model)
+
+    def transcribe(self, samples: Sequence[np.ndarray], *, batch_size: int = 1) -> list[str]:
+        """The text of each utterance (16 kHz samples, at most 30 s), several at a time by its batched pipeline."""
+        options: dict[str, Any] = {"language": "en", "beam_size": 1, "temperature": 0.0, "without_timestamps": True}
+        if batch_size == 1:
+            texts = []
+            for audio in samples:
+                segments, _ = self.model.transcribe(audio, **options)
+                texts.append(" ".join(segment.text.strip() for segment in segments))
+            return texts
+        seconds = [-(-len(audio) // SAMPLE_RATE) for audio in samples]  # each begins at a whole second of one recording
+        starts = np.cumsum([0, *seconds]).tolist()
+        recording = np.zeros(starts[-1] * SAMPLE_RATE, np.float32)
+        clips = []
+        for start, audio in zip(starts, samples, strict=False):
+            recording[start * SAMPLE_RATE :][: len(audio)] = audio
+            clips.append({"start": start, "end": start + len(audio) / SAMPLE_RATE})
+        segments, _ = self.pipeline.transcribe(recording, batch_size=batch_size, clip_timestamps=clips, **options)
+        pieces: dict[int, list[str]] = {start: [] for start in starts[:-1]}
+        for segment in segments:
+            pieces[segment.seek // self.model.frames_per_second].append(segment.text.strip())
+        return [" ".join(texts) for texts in pieces.values()]

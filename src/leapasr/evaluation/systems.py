@@ -1,0 +1,168 @@
+"""The systems that are timed side by side: our strategies, greedy CTC, transformers' `generate`, faster-whisper."""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from leapasr.chunks import by_length
+from leapasr.decoding import DecodingOptions
+from leapasr.evaluation.peers import FasterWhisper, generate
+from leapasr.transcriber import EncodedBatch, Transcriber
+
+STRATEGIES = (
+    DecodingOptions(strategy="autoregressive"),
+    DecodingOptions(strategy="verify", drafts="mtp"),
+    DecodingOptions(strategy="verify", drafts="both"),
+    DecodingOptions(strategy="threshold", threshold=0.9),
+)
+GENERATE, AUTOREGRESSIVE = "hf/generate", "leapasr/autoregressive"
+
+
+@dataclass
+class Run:
+    """What a system made of all utterances once.
+
+    Attributes:
+        texts: of each utterance. tokens: ids of each, without end-of-text; None of a model with other tokens.
+        num_calls: decoder calls summed over rows; None where they are not counted.
+        encoder_seconds, decoder_seconds: None where they cannot be told apart.
+    """
+
+    texts: list[str]
+    tokens: list[list[int]] | None = None
+    num_calls: int | None = None
+    encoder_seconds: float | None = None
+    decoder_seconds: float | None = None
+
+
+class System(ABC):
+    """What is timed.
+
+    Attributes:
+        name: ``leapasr/verify``, ``hf/generate``, ...
+        drafts: what is verified, if anything.
+        batched: whether it takes more than one utterance at a time.
+    """
+
+    name: str
+    drafts: str | None = None
+    batched = True
+
+    @abstractmethod
+    def run(self, samples: Sequence[np.ndarray], batch_size: int) -> Run:
+        """Write what is said in each utterance (16 kHz samples), this many at a time."""
+
+
+@dataclass
+class Leapasr(System):
+    """One of our strategies, on the way that `Transcriber.transcribe` takes."""
+
+    transcriber: Transcriber
+    options: DecodingOptions
+
+    def __post_init__(self) -> None:
+        threshold = self.options.threshold
+        self.name = f"leapasr/{self.options.strategy}" + ("" if threshold is None else f" {threshold:g}")
+        self.drafts = self.options.drafts_used
+
+    def run(self, samples: Sequence[np.ndarray], batch_size: int) -> Run:
+        done = self.transcriber.transcribe(list(samples), self.options, batch_size=batch_size)
+        return Run(
+            texts=[each.text for each in done],
+            tokens=[[token for segment in each.segments for token in segment.tokens] for each in done],
+            num_calls=sum(each.decoder_calls for each in done),
+            encoder_seconds=sum(each.encoder_seconds for each in done),
+            decoder_seconds=sum(each.decoder_seconds for each in done),
+        )
+
+
+@dataclass
+class GreedyCTC(System):
+    """The encoder and the CTC head alone: the floor."""
+
+    transcriber: Transcriber
+    name = "leapasr/ctc"
+
+    def run(self, samples: Sequence[np.ndarray], batch_size: int) -> Run:
+        return _by_batches(
+            self.transcriber,
+            samples,
+            batch_size,
+            lambda batch: [result.tokens for result in self.transcriber.decode_ctc(batch).results],
+        )
+
+
+@dataclass
+class Generate(System):
+    """transformers' greedy `generate` with the same encoder and decoder; `lookup` tokens of its prompt lookup, or 0."""
+
+    transcriber: Transcriber
+    lookup: int = 0
+
+    def __post_init__(self) -> None:
+        self.name = "hf/prompt lookup" if self.lookup else GENERATE
+        self.batched = not self.lookup
+
+    def run(self, samples: Sequence[np.ndarray], batch_size: int) -> Run:
+        options = {"prompt_lookup_num_tokens": self.lookup} if self.lookup else {}
+        ends = self.transcriber.decoder.end_tokens
+
+        def decode(batch: EncodedBatch) -> list[list[int]]:
+            written = generate(self.transcriber.model, batch.prompts, max_tokens=max(batch.max_tokens), **options)
+            return [[token for token in row if token not in ends] for row in written]
+
+        return _by_batches(self.transcriber, samples, batch_size, decode)
+
+
+@dataclass
+class Whisper(System):
+    """faster-whisper, int8, greedy."""
+
+    model: FasterWhisper
+
+    def __post_init__(self) -> None:
+        self.name = f"faster-whisper/{self.model.name}"
+
+    def run(self, samples: Sequence[np.ndarray], batch_size: int) -> Run:
+        return Run(self.model.transcribe(samples, batch_size=batch_size))
+
+
+def _by_batches(
+    transcriber: Transcriber,
+    samples: Sequence[np.ndarray],
+    batch_size: int,
+    decode: Callable[[EncodedBatch], list[list[int]]],
+) -> Run:
+    """Encode batches of like length and let `decode` write the ids of each."""
+    run = Run([""] * len(samples), [[] for _ in samples], None, 0.0, 0.0)
+    assert run.tokens is not None
+    pieces: list[tuple[int, float, list[int]]] = []
+    for chunks in by_length(transcriber.cut(enumerate(samples)), batch_size):
+        batch = transcriber.encode(chunks)
+        run.encoder_seconds += batch.seconds  # type: ignore[operator]
+        start = time.perf_counter()
+        written = decode(batch)
+        run.decoder_seconds += time.perf_counter() - start  # type: ignore[operator]
+        pieces += [(chunk.recording, chunk.start, tokens) for chunk, tokens in zip(chunks, written, strict=True)]
+    for index, _, tokens in sorted(pieces, key=lambda piece: piece[:2]):
+        run.tokens[index] += tokens
+        run.texts[index] = f"{run.texts[index]} {transcriber.processor.decode_text(tokens)}".strip()
+    return run
+
+
+def build_systems(
+    transcriber: Transcriber, peers: Sequence[FasterWhisper] = (), strategies: Sequence[DecodingOptions] = STRATEGIES
+) -> list[System]:
+    """All that `bench` times."""
+    return [
+        GreedyCTC(transcriber),
+        *(Leapasr(transcriber, options) for options in strategies),
+        Generate(transcriber),
+        Generate(transcriber, lookup=8),
+        *map(Whisper, peers),
+    ]
