@@ -539,9 +539,9 @@ class CountingDecoder(CausalLMDecoder):
         super().__init__(model.decoder, model.mtp_heads)
         self.calls = []
 
-    def call(self, embeddings_BWD, positions_BW, mask_B1WS, cache):
+    def call(self, embeddings_BWD, positions_BW, mask_B1WS, cache, *, drafting=True):
         self.calls.append(tuple(embeddings_BWD.shape[:2]))
-        return super().call(embeddings_BWD, positions_BW, mask_B1WS, cache)
+        return super().call(embeddings_BWD, positions_BW, mask_B1WS, cache, drafting=drafting)
 
 
 @pytest.mark.parametrize("num_drafts", [1, 3, 5, 40])

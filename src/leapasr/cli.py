@@ -324,7 +324,7 @@ def bench(
         total = timing.num_turns(systems, sizes, repeat)
         with progress_bar("rounds", total=total, unit="turns") as advance:
             rows = timing.bench(transcriber, systems, utterances, batch_sizes=sizes, rounds=repeat, progress=advance)
-        Console().print(bench_table(rows))
+        Console(width=None if sys.stdout.isatty() else 200).print(bench_table(rows))
         if json:
             write_rows(rows, json)
         if plots:

@@ -24,7 +24,7 @@ from torch import Tensor
 from leapasr.audio import SAMPLE_RATE, AudioError, read_audio
 from leapasr.chunks import Chunk, by_length, cut_recording, windows
 from leapasr.decoding import DecodingOptions, DecodingResult, Prompts, SpeechLlamaDecoder, build_loop
-from leapasr.decoding.costs import FREE, CallCosts, known_costs
+from leapasr.decoding.costs import FREE, CallCosts, tune
 from leapasr.decoding.ctc import greedy_ctc, read_ctc
 from leapasr.decoding.drafts import Drafter, build_drafter
 from leapasr.decoding.guards import MAX_TOKENS_AT_LEAST, MAX_TOKENS_PER_SECOND, token_bound
@@ -99,8 +99,8 @@ class Transcriber:
 
     @cached_property
     def costs(self) -> CallCosts:
-        """Of decoder calls on this machine: measured when they are first needed, then kept in a file."""
-        return known_costs(self.decoder, self.model.config.decoder_config.to_json_string())
+        """Of decoder calls on this machine: measured when something is first decoded, then kept in a file."""
+        return tune(self.decoder, self.model.config.decoder_config.to_json_string())
 
     @property
     def max_seconds(self) -> float:
@@ -276,8 +276,8 @@ class Transcriber:
         Raises:
             ValueError: the options do not fit the model.
         """
-        costs = self.costs if options.draft_length_used == "worthwhile" else FREE
-        loop = build_loop(self.decoder, options, costs=costs)
+        costs = self.costs
+        loop = build_loop(self.decoder, options, costs=costs if options.draft_length_used == "worthwhile" else FREE)
         rows: dict[int, tuple[EncodedBatch, int]] = {}
         seconds: dict[int, float] = {}
 

@@ -2,7 +2,7 @@
 
 A drafted token is worth the chance that it stands times the seconds that a token takes otherwise. It costs what
 widening the call by one costs, for all rows at once. The seconds of calls of a few sizes are measured once for each
-machine and model, and kept in a file.
+machine and model, and kept in a file, and so is whether rough logits (`RoughUnembedding`) are faster there.
 """
 
 from __future__ import annotations
@@ -96,12 +96,27 @@ def _seconds(decoder: Decoder, cache: RaggedCache, width: int) -> float:
     start = time.perf_counter()
     positions_BW, mask_B1WS = cache.plan(width, decoder.dtype)
     hidden_BWD = decoder.call(decoder.embed(tokens_BW, tokens_BW), positions_BW, mask_B1WS, cache)
-    decoder.logits(hidden_BWD).argmax(-1).tolist()
+    decoder.logits(hidden_BWD, exact=False).argmax(-1).tolist()
     return time.perf_counter() - start
 
 
-def known_costs(decoder: Decoder, description: str) -> CallCosts:
-    """The costs of `decoder`'s calls: from the file of an earlier measurement on this machine, else measured now.
+def roughness_pays(decoder: Decoder) -> bool:
+    """Whether calls of one row are faster with logits that are exact only where they must be."""
+    cache = decoder.new_cache(Prompts(torch.empty(1, 0, 0), torch.zeros(1, dtype=torch.long)))
+    seconds = {True: 0.0, False: 0.0}
+    with torch.inference_mode():
+        for width in WIDTHS[:-1]:
+            for rough in seconds:
+                decoder.be_rough(rough)
+                _seconds(decoder, cache, width)
+                seconds[rough] += statistics.median(_seconds(decoder, cache, width) for _ in range(REPETITIONS))
+    return seconds[True] < seconds[False]
+
+
+def tune(decoder: Decoder, description: str) -> CallCosts:
+    """Let `decoder` have rough logits if that is faster here, and tell what its calls then cost.
+
+    From the file of an earlier measurement on this machine, else measured now.
 
     Args:
         description: tells the model's shape from others.
@@ -110,16 +125,20 @@ def known_costs(decoder: Decoder, description: str) -> CallCosts:
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.processor()} {os.cpu_count()}"
     facts = (description, str(decoder.dtype), str(device), where, torch.get_num_threads(), torch.__version__)
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "leapasr"
-    path = folder / f"call-costs-{hashlib.sha256(repr(facts).encode()).hexdigest()[:16]}.json"
+    path = folder / f"calls-{hashlib.sha256(repr(facts).encode()).hexdigest()[:16]}.json"
     try:
         fields = json.loads(path.read_text())
-        return CallCosts(tuple(fields["num_rows"]), tuple(fields["widths"]), tuple(map(tuple, fields["seconds"])))
+        costs = CallCosts(tuple(fields["num_rows"]), tuple(fields["widths"]), tuple(map(tuple, fields["seconds"])))
+        decoder.be_rough(bool(fields["rough"]))
+        return costs
     except (OSError, ValueError, KeyError, TypeError):
-        costs = measure_costs(decoder)
+        rough = roughness_pays(decoder)
+    decoder.be_rough(rough)
+    costs = measure_costs(decoder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         pending = path.with_suffix(f".{os.getpid()}")
-        pending.write_text(json.dumps(vars(costs)))
+        pending.write_text(json.dumps({**vars(costs), "rough": rough}))
         os.replace(pending, path)
     except OSError:  # nowhere to keep it: it is measured again next time
         pass

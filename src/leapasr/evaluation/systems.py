@@ -114,7 +114,10 @@ class Generate(System):
 
         def decode(batch: EncodedBatch) -> list[list[int]]:
             written = generate(self.transcriber.model, batch.prompts, max_tokens=max(batch.max_tokens), **options)
-            return [[token for token in row if token not in ends] for row in written]
+            return [
+                [token for token in row[:most] if token not in ends]
+                for row, most in zip(written, batch.max_tokens, strict=True)
+            ]
 
         return _by_batches(self.transcriber, samples, batch_size, decode)
 
@@ -163,6 +166,7 @@ def build_systems(
         GreedyCTC(transcriber),
         *(Leapasr(transcriber, options) for options in strategies),
         Generate(transcriber),
-        Generate(transcriber, lookup=8),
+        # its assisted generation goes wrong with a cache that something was put into before
+        *([] if transcriber.model.config.speech_as_memory else [Generate(transcriber, lookup=8)]),
         *map(Whisper, peers),
     ]
