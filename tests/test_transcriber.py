@@ -72,6 +72,15 @@ def test_tokens_that_do_not_fit_the_frames_have_no_alignment():
     assert align_ctc(log_probs, [], blank=0) == []
 
 
+def test_a_long_text_is_aligned():
+    """A chunk of 25 s has more tokens than a small integer counts."""
+    tokens = [1 + n % 3 for n in range(300)]
+    log_probs = torch.full((600, 4), -9.0)
+    log_probs[torch.arange(0, 600, 2), torch.tensor(tokens)] = 0
+    log_probs[1::2, 0] = 0
+    assert align_ctc(log_probs.log_softmax(-1), tokens, blank=0) == [(2 * n, 2 * n + 1) for n in range(300)]
+
+
 def test_chunks_hold_all_that_is_not_silent():
     samples = noise(5)
     chunks = cut_recording("a", samples, max_seconds=1.28)
