@@ -311,7 +311,7 @@ def test_lines_of_subtitles():
     sample = str(importlib.resources.files("leapasr") / "samples" / "austen-0870.flac")
 
     def subtitles(*arguments: str) -> list[str]:
-        result = CliRunner().invoke(app, ["transcribe", sample, "--device", "cpu", "-f", "srt", *arguments])
+        result = CliRunner().invoke(app, ["transcribe", sample, "-f", "srt", "--draft-length", "full", *arguments])
         return [block.split("\n", 2)[2].strip() for block in result.stdout.split("\n\n")]
 
     wide, narrow = subtitles(), subtitles("--max-line-width", "20", "--max-line-count", "1")

@@ -35,6 +35,11 @@ def test_sentences_become_cues():
     assert found == [Cue(10.0, 11.0, "Hello there."), Cue(11.0, 12.5 + HOLD_SECONDS, "Who is it?")]
 
 
+def test_titles_do_not_end_cues():
+    said = transcription(segment(0, 4, "", spoken("And Mr. J. Dashwood had. Then what? Oh! so")))
+    assert [cue.text for cue in cues(said)] == ["And Mr. J. Dashwood had.", "Then what?", "Oh!", "so"]
+
+
 def test_pauses_and_limits_end_cues():
     words = [*spoken("so it is"), *spoken("after all", start=4.0)]
     assert [cue.text for cue in cues(transcription(segment(0, 5, "", words)))] == ["so it is", "after all"]

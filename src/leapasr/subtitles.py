@@ -11,6 +11,7 @@ from itertools import pairwise, zip_longest
 from typing import Any, Literal, get_args
 
 from leapasr.decoding.trace import TokenRecord
+from leapasr.text import ends_sentence
 from leapasr.transcription import Segment, Transcription, Word
 
 Format = Literal["txt", "vtt", "srt", "tsv", "json"]
@@ -86,7 +87,7 @@ def _cue_words(words: Iterable[Word], layout: Layout) -> Iterator[list[Word]]:
     cue: list[Word] = []
     for word in words:
         if cue and (
-            cue[-1].text.endswith((".", "?", "!"))
+            ends_sentence(cue[-1].text)
             or word.start - cue[-1].end >= PAUSE_SECONDS
             or word.end - cue[0].start > MAX_CUE_SECONDS
             or len(layout.lines(_joined([*cue, word]))) > layout.max_line_count

@@ -56,7 +56,7 @@ class Summary:
     def __str__(self) -> str:
         files = f"{self.num_files} file{'s' * (self.num_files != 1)}"
         parts = [f"{files}, {self.audio_seconds:.1f} s of audio in {self.seconds:.2f} s"]
-        if self.seconds:
+        if self.audio_seconds and self.seconds:
             parts[0] += f" (RTFx {self.audio_seconds / self.seconds:.1f})"
         if self.decoder_calls:
             fewer = self.num_tokens / self.decoder_calls

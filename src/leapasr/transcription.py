@@ -134,7 +134,9 @@ def token_times(
     Returns:
         (start, end) of each token, rising; none where the frames are too few for the tokens.
     """
-    spans = align_ctc(ctc_log_probs_TV, tokens, blank=blank) or []
+    spans = align_ctc(ctc_log_probs_TV, tokens, blank=blank)
+    if not spans:
+        return []
     heard = [(first / frame_rate, stop / frame_rate) for first, stop in spans]
     starts = [start + first - min(LATENESS_SECONDS, first / 2) for first, _ in heard]
     times = []
