@@ -25,7 +25,7 @@ TAIL_SECONDS = 0.1  # what a token before a pause lasts, once it has been heard
 
 @dataclass(frozen=True)
 class Word:
-    """A word with its punctuation, and where it is said by the CTC head: seconds from the recording's start."""
+    """A word with its punctuation, and where it is said, by the CTC head: seconds from the recording's start."""
 
     text: str
     start: float

@@ -1,0 +1,88 @@
+"""Long recordings through the shipped model: joined utterances give the words of the utterances, seams and all.
+
+The last test needs LibriSpeech: LEAPASR_SPEECH names a folder with librispeech/manifest.jsonl.
+"""
+
+import importlib.resources
+import os
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from leapasr.audio import SAMPLE_RATE, read_audio
+from leapasr.data.manifests import read_manifest
+from leapasr.decoding import DecodingOptions
+from leapasr.evaluation.scoring import count_errors
+from leapasr.text import NORMALIZER
+from leapasr.transcriber import load
+
+SAMPLES = sorted(Path(str(importlib.resources.files("leapasr") / "samples")).glob("*.flac"))
+OPTIONS = DecodingOptions(draft_length="full")
+CHAPTERS = ("7021-79759", "121-123852")  # the shortest two of test-clean with utterances as long as a chunk may be
+
+
+@pytest.fixture(scope="module")
+def transcriber():
+    return load(device="cpu")
+
+
+def words(text: str) -> list[str]:
+    return NORMALIZER(text).split()
+
+
+def joined(paths: list[Path]) -> tuple[np.ndarray, list[float]]:
+    """Recordings with a little room noise between them, and where each begins, in seconds."""
+    noise = np.random.default_rng(0).normal(0, 1e-3, SAMPLE_RATE * 3 // 10).astype(np.float32)
+    parts, starts = [], []
+    for path in paths:
+        starts.append(sum(map(len, parts)) / SAMPLE_RATE)
+        parts += [read_audio(path), noise]
+    return np.concatenate(parts), starts
+
+
+def test_joined_samples_lose_and_double_no_word(transcriber):
+    """A minute of the samples in random order gives the words of each in that order."""
+    order = random.Random(0).choices(SAMPLES, k=11)
+    alone = {path: words(transcriber.transcribe(path, OPTIONS).text) for path in SAMPLES}
+    together = transcriber.transcribe(joined(order)[0], OPTIONS)
+    assert len(together.segments) >= 3
+    assert words(together.text) == [word for path in order for word in alone[path]]
+
+
+def test_words_of_joined_samples_are_where_they_are_said(transcriber):
+    samples, starts = joined(SAMPLES)
+    heard = transcriber.transcribe(samples, OPTIONS, word_times=True).words
+    for path, start in zip(SAMPLES, starts, strict=True):
+        alone = transcriber.transcribe(path, OPTIONS, word_times=True).words
+        mine = [word for word in heard if start <= word.start < start + len(read_audio(path)) / SAMPLE_RATE]
+        assert [word.text for word in mine] == [word.text for word in alone]
+        assert [word.start - start for word in mine] == pytest.approx([word.start for word in alone], abs=0.1)
+
+
+def test_long_noise_says_nothing(transcriber):
+    """And does not hide what is said behind it."""
+    noise = np.random.default_rng(0).normal(0, 0.02, 30 * SAMPLE_RATE).astype(np.float32)
+    assert transcriber.transcribe(noise, OPTIONS).segments == []
+    assert transcriber.transcribe(noise, OPTIONS, vad_filter=False).text != ""
+    sample = read_audio(SAMPLES[-1])
+    behind = transcriber.transcribe(np.concatenate([noise, sample]), OPTIONS)
+    assert words(behind.text)[-5:] == words(transcriber.transcribe(sample, OPTIONS).text)[-5:]
+
+
+@pytest.mark.skipif(
+    "LEAPASR_SPEECH" not in os.environ, reason="set LEAPASR_SPEECH to a folder with librispeech/manifest.jsonl"
+)
+@pytest.mark.parametrize("chapter", CHAPTERS)
+def test_joined_utterances_lose_and_double_no_word(transcriber, chapter):
+    manifest = read_manifest(Path(os.environ["LEAPASR_SPEECH"]) / "librispeech" / "manifest.jsonl", use="test")
+    cuts = sorted((cut for cut in manifest.cuts if cut.id.startswith(f"{chapter}-")), key=lambda cut: cut.id)
+    samples = [cut.load_audio()[0] for cut in cuts]
+    reference = " ".join(cut.supervisions[0].text for cut in cuts)
+    alone = " ".join(result.text for result in transcriber.transcribe(samples, OPTIONS))
+    joined = transcriber.transcribe(np.concatenate(samples), OPTIONS).text
+    errors, errors_alone = (count_errors([reference], [text], NORMALIZER) for text in (joined, alone))
+    assert errors.deletions_N.sum() <= errors_alone.deletions_N.sum() + 1
+    assert errors.insertions_N.sum() <= errors_alone.insertions_N.sum() + 1
+    assert errors.errors_N.sum() <= errors_alone.errors_N.sum() + 2
