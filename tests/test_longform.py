@@ -14,7 +14,7 @@ import pytest
 from leapasr.audio import SAMPLE_RATE, read_audio
 from leapasr.data.manifests import read_manifest
 from leapasr.decoding import DecodingOptions
-from leapasr.evaluation.scoring import count_errors
+from leapasr.evaluation.scoring import count_errors, count_word_errors
 from leapasr.text import NORMALIZER
 from leapasr.transcriber import load
 
@@ -43,12 +43,15 @@ def joined(paths: list[Path]) -> tuple[np.ndarray, list[float]]:
 
 
 def test_joined_samples_lose_and_double_no_word(transcriber):
-    """A minute of the samples in random order gives the words of each in that order."""
+    """A minute of the samples in random order: each word of theirs once, hardly one heard otherwise."""
     order = random.Random(0).choices(SAMPLES, k=11)
-    alone = {path: words(transcriber.transcribe(path, OPTIONS).text) for path in SAMPLES}
+    alone = {path: transcriber.transcribe(path, OPTIONS).text for path in SAMPLES}
     together = transcriber.transcribe(joined(order)[0], OPTIONS)
     assert len(together.segments) >= 3
-    assert words(together.text) == [word for path in order for word in alone[path]]
+    reference = " ".join(alone[path] for path in order)
+    num_words, substituted, deleted, inserted = count_word_errors(reference, together.text, NORMALIZER)
+    assert (deleted, inserted) == (0, 0)
+    assert substituted <= 0.03 * num_words
 
 
 def test_words_of_joined_samples_are_where_they_are_said(transcriber):
@@ -57,7 +60,7 @@ def test_words_of_joined_samples_are_where_they_are_said(transcriber):
     for path, start in zip(SAMPLES, starts, strict=True):
         alone = transcriber.transcribe(path, OPTIONS, word_times=True).words
         mine = [word for word in heard if start <= word.start < start + len(read_audio(path)) / SAMPLE_RATE]
-        assert [word.text for word in mine] == [word.text for word in alone]
+        assert [NORMALIZER(word.text) for word in mine] == [NORMALIZER(word.text) for word in alone]
         assert [word.start - start for word in mine] == pytest.approx([word.start for word in alone], abs=0.1)
 
 
