@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from leapasr.decoding.cache import RaggedCache
-from leapasr.decoding.costs import FREE, CallCosts, num_worth_drafting
+from leapasr.decoding.costs import FREE, NUM_MISTAKES, CallCosts, num_worth_drafting
 from leapasr.decoding.drafts import Drafter, MTPDrafter
 from leapasr.decoding.guards import Guards, guard_rows
 from leapasr.decoding.interface import Decoder, Prompts
@@ -31,7 +31,6 @@ from leapasr.decoding.strategies import Strategy, build_strategy
 from leapasr.decoding.trace import DraftToken, TokenRecord
 from leapasr.model.speech_llama import join_positions, join_rows
 
-MOST_MISTAKES = 8  # of a draft, at which head 2 is asked what comes behind
 MAX_VOCAB_SIZE = 2**24  # ids travel to the host as float32, which is exact up to here
 
 
@@ -357,7 +356,7 @@ class DecodingLoop:
         if G:
             columns += self._guess(hidden_BRD[rows_B, num_accepted_B], tokens_BR[rows_B, num_accepted_B], G)
         if self.strategy.reads_along:
-            places_BM = _first_places(draft_BJ != tokens_BR[:, :-1], MOST_MISTAKES)
+            places_BM = _first_places(draft_BJ != tokens_BR[:, :-1], NUM_MISTAKES)
             hidden_ND = hidden_BRD[rows_B[:, None], places_BM].flatten(0, 1)
             following = self._guess(hidden_ND, tokens_BR.gather(1, places_BM).flatten(), 1)
             columns += [places_BM, *(column.view(places_BM.shape) for column in following)]
