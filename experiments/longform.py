@@ -28,6 +28,7 @@ import kaldialign
 import numpy as np
 import torch
 from lhotse.cut import Cut
+from results import percent
 
 from leapasr.audio import SAMPLE_RATE, cut_at_silences, read_audio
 from leapasr.data.manifests import read_manifest, spread
@@ -155,10 +156,6 @@ def time_errors(known: Sequence[Word], heard: Sequence[Word]) -> list[tuple[floa
         place += wanted != GONE
         other += found != GONE
     return errors
-
-
-def percent(value: float) -> str:
-    return f"{100 * value:.2f}"
 
 
 def seams_section(

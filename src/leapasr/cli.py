@@ -101,7 +101,6 @@ def progress_bar(description: str, *, total: float | None, unit: str, hidden: bo
 def quiet_libraries() -> None:
     """Only our own messages: one line each."""
     import logging
-    import warnings
 
     from transformers.utils import logging as transformers_logging
 

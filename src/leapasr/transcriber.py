@@ -410,7 +410,7 @@ class Transcriber:
     def encode(self, chunks: Sequence[Chunk]) -> EncodedBatch:
         """Features, encoder and adapter of chunks, none longer than `max_seconds`."""
         model = self.model
-        with _timed(model.device) as timer:
+        with timed(model.device) as timer:
             features, lengths_B = self.processor.pad([self.processor.features(chunk.samples) for chunk in chunks])
             encoding = model.encode(features.to(model.device, model.dtype), lengths_B.to(model.device))
             prompts = Prompts(*model.prompt(encoding))
@@ -451,7 +451,7 @@ class Transcriber:
 
         def decode_until(num_rows: int) -> Iterator[DecodedChunk]:
             while len(rows) > num_rows:
-                with _timed(self.model.device) as timer:
+                with timed(self.model.device) as timer:
                     finished = loop.step()
                 for key in rows:
                     seconds[key] += timer.seconds / len(rows)
@@ -459,7 +459,7 @@ class Transcriber:
                     yield DecodedChunk(*rows.pop(key), result, seconds.pop(key))
 
         for batch in batches:
-            with _timed(self.model.device) as timer:
+            with timed(self.model.device) as timer:
                 drafters = self._drafters(batch, options)
                 keys = loop.add(batch.prompts, max_tokens=batch.max_tokens, drafters=drafters)
             rows |= {key: (batch, row) for row, key in enumerate(keys)}
@@ -476,7 +476,7 @@ class Transcriber:
 
     def decode_ctc(self, batch: EncodedBatch) -> DecodedBatch:
         """What the CTC head alone says, greedily, without one decoder call and without a trace."""
-        with _timed(self.model.device) as timer:
+        with timed(self.model.device) as timer:
             rows = greedy_ctc(batch.ctc_logits_BTV, batch.ctc_lengths_B, blank=self.model.config.blank_token_id)
         return DecodedBatch(
             [DecodingResult(tokens, num_calls=0, trace=[], truncated=None) for tokens in rows], timer.seconds
@@ -489,14 +489,16 @@ class Transcriber:
         return " ".join(filter(None, texts))
 
 
-class _Timer:
+class Timer:
+    """What `timed` fills when its block ends."""
+
     seconds = math.nan
 
 
 @contextmanager
-def _timed(device: torch.device) -> Iterator[_Timer]:
+def timed(device: torch.device) -> Iterator[Timer]:
     """Wall-clock seconds of the block, work that an accelerator still has to do included."""
-    timer = _Timer()
+    timer = Timer()
     _synchronize(device)
     start = time.perf_counter()
     yield timer

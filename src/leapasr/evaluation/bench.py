@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import statistics
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,7 +23,7 @@ from leapasr.evaluation.evaluate import reference_of, samples_of
 from leapasr.evaluation.scoring import count_errors
 from leapasr.evaluation.systems import AUTOREGRESSIVE, GENERATE, GreedyCTC, Leapasr, Run, System
 from leapasr.text import NORMALIZER
-from leapasr.transcriber import Transcriber
+from leapasr.transcriber import Transcriber, timed
 
 
 @dataclass(frozen=True)
@@ -176,11 +175,9 @@ def bench(
                     continue
                 entry = entries.setdefault((batch_size, index), _Entry())
                 if turn:
-                    start = time.perf_counter()
-                    run = system.run(utterances.samples, batch_size)
-                    _finish(transcriber.model.device)
-                    entry.seconds.append(time.perf_counter() - start)
-                    entry.runs.append(run)
+                    with timed(transcriber.model.device) as timer:
+                        entry.runs.append(system.run(utterances.samples, batch_size))
+                    entry.seconds.append(timer.seconds)
                 else:
                     _observe(entry, system, transcriber, utterances.samples, batch_size)
                 if progress:
@@ -210,20 +207,18 @@ def _forward_seconds(transcriber: Transcriber) -> Iterator[list[float]]:
     seconds: list[float] = []
     decoder: Any = transcriber.decoder
 
-    def timed(function: Callable) -> Callable:
+    def watched(function: Callable) -> Callable:
         def run(*args: Any, **given: Any) -> Any:
-            _finish(decoder.device)
-            start = time.perf_counter()
-            result = function(*args, **given)
-            _finish(decoder.device)
-            seconds.append(time.perf_counter() - start)
+            with timed(decoder.device) as timer:
+                result = function(*args, **given)
+            seconds.append(timer.seconds)
             return result
 
         return run
 
     names = ("call", "logits", "draft_logits")
     for name in names:
-        setattr(decoder, name, timed(getattr(decoder, name)))
+        setattr(decoder, name, watched(getattr(decoder, name)))
     try:
         yield seconds
     finally:
@@ -250,11 +245,6 @@ def _peak_memory(device: torch.device) -> Iterator[Callable[[], float | None]]:
         return int(fields["VmHWM"].split()[0]) * 1024 / 1e6 if "VmHWM" in fields else None
 
     yield peak
-
-
-def _finish(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _rows(

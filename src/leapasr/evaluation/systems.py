@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ import numpy as np
 from leapasr.chunks import by_length
 from leapasr.decoding import DecodingOptions
 from leapasr.evaluation.peers import FasterWhisper, generate
-from leapasr.transcriber import EncodedBatch, Transcriber
+from leapasr.transcriber import EncodedBatch, Transcriber, timed
 
 STRATEGIES = (
     DecodingOptions(strategy="autoregressive"),
@@ -142,20 +141,21 @@ def _by_batches(
     decode: Callable[[EncodedBatch], list[list[int]]],
 ) -> Run:
     """Encode batches of like length and let `decode` write the ids of each."""
-    run = Run([""] * len(samples), [[] for _ in samples], None, 0.0, 0.0)
-    assert run.tokens is not None
+    texts = [""] * len(samples)
+    tokens: list[list[int]] = [[] for _ in samples]
+    encoder_seconds = decoder_seconds = 0.0
     pieces: list[tuple[int, float, list[int]]] = []
     for chunks in by_length(transcriber.cut(enumerate(samples)), batch_size):
         batch = transcriber.encode(chunks)
-        run.encoder_seconds += batch.seconds  # type: ignore[operator]
-        start = time.perf_counter()
-        written = decode(batch)
-        run.decoder_seconds += time.perf_counter() - start  # type: ignore[operator]
-        pieces += [(chunk.recording, chunk.start, tokens) for chunk, tokens in zip(chunks, written, strict=True)]
-    for index, _, tokens in sorted(pieces, key=lambda piece: piece[:2]):
-        run.tokens[index] += tokens
-        run.texts[index] = f"{run.texts[index]} {transcriber.processor.decode_text(tokens)}".strip()
-    return run
+        with timed(transcriber.model.device) as timer:
+            written = decode(batch)
+        encoder_seconds += batch.seconds
+        decoder_seconds += timer.seconds
+        pieces += [(chunk.recording, chunk.start, ids) for chunk, ids in zip(chunks, written, strict=True)]
+    for index, _, ids in sorted(pieces, key=lambda piece: piece[:2]):
+        tokens[index] += ids
+        texts[index] = f"{texts[index]} {transcriber.processor.decode_text(ids)}".strip()
+    return Run(texts, tokens, None, encoder_seconds, decoder_seconds)
 
 
 def build_systems(
