@@ -235,7 +235,7 @@ def main() -> None:
     parser.add_argument("--synthetic", type=Path, help="manifest of synthetic speech that was not trained on")
     parser.add_argument("--limit", type=int, default=200, help="so many utterances a set")
     parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--timed", type=int, default=24, help="utterances of the first set that times are taken on")
+    parser.add_argument("--timed", type=int, default=12, help="utterances of the first set that times are taken on")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--output", type=Path, default=Path("docs"))
     arguments = parser.parse_args()
