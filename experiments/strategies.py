@@ -1,4 +1,4 @@
-"""Every decoding strategy and draft source at several numbers of heads, on four test sets: docs/strategies.*
+"""Every decoding strategy and draft source at several numbers of heads, on four test sets: docs/strategies*
 
     python experiments/strategies.py --speech SPEECH --synthetic MANIFEST
 
@@ -228,11 +228,67 @@ def time_table(rows: Sequence[BenchRow], names: Sequence[str]) -> list[str]:
     return lines
 
 
+def compare_words(
+    transcriber: Transcriber, sets: Mapping[str, tuple[Path, str | None]], *, limit: int, batch_size: int, output: Path
+) -> None:
+    """Write strategies.md, .json and .png: words and calls of every strategy on every set."""
+    chosen = strategies(transcriber.decoder.num_heads)
+    figures: list[dict] = []
+    page = [
+        "# Strategies and draft sources",
+        "",
+        f"`experiments/strategies.py`: up to {limit} utterances a set, spread evenly, {transcriber.model.dtype}, batch "
+        f"{batch_size}, {torch.get_num_threads()} CPU threads. Words are compared after the {NORMALIZER.name} "
+        f"normaliser of Whisper. K heads, head 1 included: {transcriber.decoder.num_heads} where nothing is said. "
+        "Calls of drafts that are not *full* depend on the machine: they are cut where a wider call is not worth it. "
+        "Times: [strategies-time.md](strategies-time.md).",
+    ]
+    for name, (manifest, use) in sets.items():
+        cuts = list(read_manifest(manifest, use=use, limit=limit).cuts)
+        print(name, len(cuts), flush=True)
+        written = evaluate(transcriber, cuts, list(chosen.values()), batch_size=batch_size, test_set=name)
+        reports = dict(zip(chosen, written, strict=True))
+        page += ["", f"## {name}: {len(cuts)} utterances", "", *accuracy_table(reports), *calls_section(reports)]
+        limits = measure_limits(transcriber, cuts, batch_size)
+        page += limits_section(limits, reports)
+        if not figures:
+            draw(reports, output / "strategies.png")
+            page += ["", "![WER against call reduction, and tokens a step](strategies.png)"]
+        figures += [{"name": each, **report.figures()} for each, report in reports.items()]
+        figures.append({"test_set": name, "limits": vars(limits)})
+        (output / "strategies.md").write_text("\n".join(page) + "\n")
+        (output / "strategies.json").write_text(json.dumps(figures, indent=1) + "\n")
+
+
+def compare_times(
+    transcriber: Transcriber, manifest: Path, use: str | None, *, limit: int, rounds: int, output: Path
+) -> None:
+    """Write strategies-time.md and .json: seconds of the main strategies, one at a time and eight at once."""
+    chosen = strategies(transcriber.decoder.num_heads)
+    utterances = read_utterances([manifest], use=use, limit=limit)
+    systems = [Generate(transcriber), *(Leapasr(transcriber, chosen[name]) for name in TIMED)]
+    rows = bench(transcriber, systems, utterances, batch_sizes=(1, 8), rounds=rounds)
+    page = [
+        "# Strategies and their time",
+        "",
+        f"`experiments/strategies.py --part times`: {len(utterances.samples)} utterances of LibriSpeech test-clean, "
+        f"{transcriber.model.dtype}, {torch.get_num_threads()} CPU threads. Features, encoder and decoding; {rounds} "
+        "rounds, all taking turns in one process; medians. Decoder times include all that is around it; *against "
+        "autoregressive* is theirs divided by this one's. Words and calls: [strategies.md](strategies.md).",
+        "",
+        *time_table(rows, ["transformers' generate", *TIMED]),
+    ]
+    (output / "strategies-time.md").write_text("\n".join(page) + "\n")
+    (output / "strategies-time.json").write_text(json.dumps([*map(asdict, rows)], indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="folder or hub name; the shipped model without it")
+    parser.add_argument("--dtype", help="of the model; float32 without it")
     parser.add_argument("--speech", type=Path, required=True, help="folder with librispeech, commonvoice_en and an4")
     parser.add_argument("--synthetic", type=Path, help="manifest of synthetic speech that was not trained on")
+    parser.add_argument("--part", choices=("words", "times"), help="both without it")
     parser.add_argument("--limit", type=int, default=200, help="so many utterances a set")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--timed", type=int, default=12, help="utterances of the first set that times are taken on")
@@ -240,49 +296,16 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("docs"))
     arguments = parser.parse_args()
 
-    transcriber = load(arguments.model) if arguments.model else load()
-    chosen = strategies(transcriber.decoder.num_heads)
+    transcriber = load(arguments.model, dtype=arguments.dtype)
     arguments.output.mkdir(parents=True, exist_ok=True)
-    figures: list[dict] = []
-    page = [
-        "# Strategies and draft sources",
-        "",
-        f"`experiments/strategies.py`: up to {arguments.limit} utterances a set, spread evenly, float32, batch "
-        f"{arguments.batch_size}, {torch.get_num_threads()} CPU threads. Words are compared after the "
-        f"{NORMALIZER.name} normaliser of Whisper. K heads, head 1 included: {transcriber.decoder.num_heads} where "
-        "nothing is said. Calls of drafts that are not *full* depend on the machine: they are cut where a wider call "
-        "is not worth it.",
-    ]
     sets = test_sets(arguments.speech, arguments.synthetic)
-    for name, (manifest, use) in sets.items():
-        cuts = list(read_manifest(manifest, use=use, limit=arguments.limit).cuts)
-        print(name, len(cuts), flush=True)
-        written = evaluate(transcriber, cuts, list(chosen.values()), batch_size=arguments.batch_size, test_set=name)
-        reports = dict(zip(chosen, written, strict=True))
-        page += ["", f"## {name}: {len(cuts)} utterances", "", *accuracy_table(reports), *calls_section(reports)]
-        limits = measure_limits(transcriber, cuts, arguments.batch_size)
-        page += limits_section(limits, reports)
-        figures += [{"name": each, **report.figures()} for each, report in reports.items()]
-        figures.append({"test_set": name, "limits": vars(limits)})
-        if len(figures) == len(chosen) + 1:
-            draw(reports, arguments.output / "strategies.png")
-            page += ["", "![WER against call reduction, and tokens a step](strategies.png)"]
-        (arguments.output / "strategies.md").write_text("\n".join(page) + "\n")
-    first, (manifest, use) = next(iter(sets.items()))
-    utterances = read_utterances([manifest], use=use, limit=arguments.timed)
-    systems = [Generate(transcriber), *(Leapasr(transcriber, chosen[name]) for name in TIMED)]
-    rows = bench(transcriber, systems, utterances, batch_sizes=(1, 8), rounds=arguments.rounds)
-    page += [
-        "",
-        f"## Time: {len(utterances.samples)} utterances of {first}",
-        "",
-        f"Features, encoder and decoding; {arguments.rounds} rounds, all taking turns in one process; medians. Decoder "
-        "times include all that is around it; *against autoregressive* is theirs divided by this one's.",
-        "",
-        *time_table(rows, ["transformers' generate", *TIMED]),
-    ]
-    (arguments.output / "strategies.md").write_text("\n".join(page) + "\n")
-    (arguments.output / "strategies.json").write_text(json.dumps([*figures, *map(asdict, rows)], indent=1) + "\n")
+    if arguments.part != "times":
+        limit, batch_size = arguments.limit, arguments.batch_size
+        compare_words(transcriber, sets, limit=limit, batch_size=batch_size, output=arguments.output)
+    if arguments.part != "words":
+        first = next(iter(sets.values()))
+        limit, rounds = arguments.timed, arguments.rounds
+        compare_times(transcriber, *first, limit=limit, rounds=rounds, output=arguments.output)
 
 
 if __name__ == "__main__":

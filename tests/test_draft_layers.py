@@ -59,7 +59,6 @@ def test_they_begin_as_the_decoders(build_tiny_model, head_type, draft_layers):
         assert not torch.allclose(one, other)
 
 
-@torch.no_grad()
 class GuessesAlone:
     """Drafts what the heads say behind the text itself, and hears nothing of what becomes of it."""
 
@@ -138,13 +137,22 @@ def test_numbers_that_cannot_be(fields):
 
 def test_who_asks_no_further_head_does_without_them(model, monkeypatch):
     _, prompts = speech(model)
-    calls = []
-    inner = model.draft_layers.forward
-    monkeypatch.setattr(model.draft_layers, "forward", lambda *args, **given: calls.append(1) or inner(*args, **given))
-    for strategy, drafts in (("autoregressive", None), ("verify", "mtp"), ("beam", "mtp")):
-        options = DecodingOptions(strategy=strategy, drafts=drafts, max_tokens=24)
-        decode(SpeechLlamaDecoder(model), prompts, options)
-        assert bool(calls) == (strategy != "autoregressive")
-        calls.clear()
-    decode(SpeechLlamaDecoder(model), prompts, DecodingOptions(strategy="beam", drafts="mtp", num_heads=1))
-    assert not calls
+    decoder, widths = SpeechLlamaDecoder(model), set()
+    inner = decoder.call
+
+    def watched(*args, **given):
+        hidden_BWH = inner(*args, **given)
+        widths.add(hidden_BWH.shape[-1] // model.config.decoder_config.hidden_size)
+        return hidden_BWH
+
+    monkeypatch.setattr(decoder, "call", watched)
+    beam_of_one_head = DecodingOptions(strategy="beam", drafts="mtp", num_heads=1)
+    for options, expected in (
+        (DecodingOptions(strategy="autoregressive", max_tokens=24), {1}),
+        (OPTIONS, {2}),
+        (DecodingOptions(strategy="beam", drafts="mtp", max_tokens=24), {2}),
+        (beam_of_one_head, {1}),
+    ):
+        widths.clear()
+        decode(decoder, prompts, options)
+        assert widths == expected

@@ -140,6 +140,10 @@ def test_drafts_are_what_training_computes_for_greedy_tokens(head_type):
         torch.testing.assert_close(torch.stack([logits[:, 0] for logits in taught], 1), drafted)
         fewer = heads.draft_logits(hidden_BD, first_B, lm_head, embed, 2)
         torch.testing.assert_close(fewer, drafted[:, :2])
+        asked = [(hidden_BD, first_B, 3), (hidden_BD[:0], first_B[:0], 1), (hidden_BD[1:], first_B[1:], 2)]
+        each = heads.draft_logits_each(asked, lm_head, embed)
+        for found, expected in zip(each, (drafted, drafted[:0, :1], drafted[1:, :2]), strict=True):
+            torch.testing.assert_close(found, expected)
         if head_type == "sequential":
             other = heads.training_logits(hidden_BLD, embed((greedy + 1) % VOCAB_SIZE), lm_head)
             assert not torch.allclose(other[0][:, 0], drafted[:, 0])

@@ -6,6 +6,7 @@ from test_decoding import MAX_TOKENS, make_prompts
 from torch import nn
 
 from leapasr.decoding import DecodingOptions, SpeechLlamaDecoder, decode
+from leapasr.decoding.interface import Ways
 from leapasr.decoding.unembedding import NUM_CANDIDATES, RoughUnembedding
 
 D, V = 64, 500
@@ -74,7 +75,7 @@ def test_rough_logits_change_no_token(build_tiny_model, strategy, head_type):
     prompts, results = make_prompts(5), []
     for rough in (False, True):
         decoder = SpeechLlamaDecoder(build_tiny_model(head_type=head_type))
-        decoder.be_rough(rough)
+        decoder.prepare(Ways(rough=rough))
         results.append(decode(decoder, prompts, options, max_tokens=[MAX_TOKENS] * 5))
     for exact, other in zip(*results, strict=True):
         assert other.tokens == exact.tokens

@@ -34,6 +34,7 @@ from leapasr.decoding.costs import FREE, CallCosts, tune
 from leapasr.decoding.ctc import greedy_ctc, read_ctc
 from leapasr.decoding.drafts import Drafter, build_drafter
 from leapasr.decoding.guards import MAX_TOKENS_AT_LEAST, MAX_TOKENS_PER_SECOND, token_bound
+from leapasr.model.argmax import argmax
 from leapasr.model.checkpoints import CheckpointError
 from leapasr.model.encoders import FEATURE_RATE
 from leapasr.model.processing import SpeechLlamaProcessor
@@ -369,7 +370,7 @@ class Transcriber:
     def hears_speech(self, done: DecodedChunk) -> bool:
         """Whether the CTC head hears a token in a chunk; said of every chunk that is too short to tell."""
         logits_BTV, lengths_B = done.batch.ctc_logits_BTV, done.batch.ctc_lengths_B
-        best_T = logits_BTV[done.row, : int(lengths_B[done.row])].argmax(-1)
+        best_T = argmax(logits_BTV[done.row, : int(lengths_B[done.row])])
         return done.chunk.seconds < MIN_FILTERED_SECONDS or bool((best_T != self.model.config.blank_token_id).any())
 
     def segment(self, done: DecodedChunk, *, word_times: bool = False) -> Segment:

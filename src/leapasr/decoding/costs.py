@@ -2,14 +2,13 @@
 
 A drafted token is worth the chance that it stands times the seconds that a token takes otherwise. It costs what
 widening the call by one costs, for all rows at once. The seconds of calls of a few sizes are measured once for each
-machine and model, and kept in a file, and so is whether rough logits (`RoughUnembedding`) are faster there.
+machine and model, and kept in a file, and so are the `Ways` of computing that are fastest there.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import platform
 import time
@@ -23,7 +22,8 @@ from pathlib import Path
 import torch
 
 from leapasr.decoding.cache import RaggedCache
-from leapasr.decoding.interface import Decoder, Prompts
+from leapasr.decoding.interface import Decoder, Prompts, Ways
+from leapasr.model.argmax import argmax
 
 NUM_ROWS, WIDTHS = (1, 8, 32), (1, 8, 32, 128)
 SLOTS = 128  # in the cache when a call is timed
@@ -97,32 +97,31 @@ def _seconds(decoder: Decoder, cache: RaggedCache, width: int) -> float:
     start = time.perf_counter()
     positions_BW, mask_B1WS = cache.plan(width, decoder.dtype)
     hidden_BWD = decoder.call(decoder.embed(tokens_BW, tokens_BW), positions_BW, mask_B1WS, cache)
-    best_BW = decoder.logits(hidden_BWD, exact=False).argmax(-1)
+    best_BW = argmax(decoder.logits(hidden_BWD, exact=False))
     best_BW.tolist()
     if decoder.num_heads > 1:  # behind what stands all heads are asked, and head 2 at mistakes
-        decoder.draft_logits(hidden_BWD[:, -1], best_BW[:, -1], decoder.num_heads - 1, exact=False).argmax(-1).tolist()
+        argmax(decoder.draft_logits(hidden_BWD[:, -1], best_BW[:, -1], decoder.num_heads - 1, exact=False)).tolist()
         mistakes = hidden_BWD[:, :1].expand(-1, NUM_MISTAKES, -1).flatten(0, 1), best_BW[:, 0].repeat(NUM_MISTAKES)
-        decoder.draft_logits(*mistakes, 1, exact=False).argmax(-1).tolist()
+        argmax(decoder.draft_logits(*mistakes, 1, exact=False)).tolist()
     return time.perf_counter() - start
 
 
-def roughness_pays(decoder: Decoder) -> bool:
-    """Whether calls of one row are faster with logits that are exact only where they must be."""
+@torch.inference_mode()
+def fastest_ways(decoder: Decoder) -> Ways:
+    """The ways in which calls of one row are fastest; `decoder` is left in some of them."""
     cache = decoder.new_cache(Prompts(torch.empty(1, 0, 0), torch.zeros(1, dtype=torch.long)))
-    seconds = {True: 0.0, False: 0.0}
-    with torch.inference_mode():
+    seconds: dict[Ways, float] = {}
+    for ways in (Ways(packed, rough) for packed in (False, True) for rough in (False, True)):
+        decoder.prepare(ways)
+        seconds[ways] = 0.0
         for width in WIDTHS[:-1]:
-            quickest = dict.fromkeys(seconds, math.inf)
-            for _ in range(REPETITIONS):
-                for rough in seconds:
-                    decoder.be_rough(rough)
-                    quickest[rough] = min(quickest[rough], _seconds(decoder, cache, width))
-            seconds = {rough: seconds[rough] + quickest[rough] for rough in seconds}
-    return seconds[True] < seconds[False]
+            _seconds(decoder, cache, width)  # kernels are built, room is made
+            seconds[ways] += min(_seconds(decoder, cache, width) for _ in range(REPETITIONS))
+    return min(seconds, key=lambda ways: seconds[ways])
 
 
 def tune(decoder: Decoder, description: str) -> CallCosts:
-    """Let `decoder` have rough logits if that is faster here, and tell what its calls then cost.
+    """Let `decoder` work in the ways that are fastest here, and tell what its calls then cost.
 
     From the file of an earlier measurement on this machine, else measured now.
 
@@ -137,16 +136,16 @@ def tune(decoder: Decoder, description: str) -> CallCosts:
     try:
         fields = json.loads(path.read_text())
         costs = CallCosts(tuple(fields["num_rows"]), tuple(fields["widths"]), tuple(map(tuple, fields["seconds"])))
-        decoder.be_rough(bool(fields["rough"]))
+        decoder.prepare(Ways(**fields["ways"]))
         return costs
     except (OSError, ValueError, KeyError, TypeError):
-        rough = roughness_pays(decoder)
-    decoder.be_rough(rough)
+        ways = fastest_ways(decoder)
+    decoder.prepare(ways)
     costs = measure_costs(decoder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         pending = path.with_suffix(f".{os.getpid()}")
-        pending.write_text(json.dumps({**vars(costs), "rough": rough}))
+        pending.write_text(json.dumps({**vars(costs), "ways": vars(ways)}))
         os.replace(pending, path)
     except OSError:  # nowhere to keep it: it is measured again next time
         pass

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from leapasr.decoding.drafts import Reading
 from leapasr.model.adapter import begins
+from leapasr.model.argmax import argmax
 
 
 def greedy_ctc(logits_BTV: Tensor, lengths_B: Tensor, *, blank: int) -> list[list[int]]:
@@ -23,7 +24,7 @@ def greedy_ctc(logits_BTV: Tensor, lengths_B: Tensor, *, blank: int) -> list[lis
         lengths_B: valid frames int64 (B,); what lies behind is not read.
         blank: id of the blank.
     """
-    best_BT = logits_BTV.argmax(-1)
+    best_BT = argmax(logits_BTV)
     keep_BT = begins(best_BT, blank)
     return [
         row[:length][keep[:length]].tolist()
@@ -33,7 +34,7 @@ def greedy_ctc(logits_BTV: Tensor, lengths_B: Tensor, *, blank: int) -> list[lis
 
 def read_ctc(logits_BTV: Tensor, lengths_B: Tensor, *, blank: int) -> list[Reading]:
     """What `greedy_ctc` reads, with the probability of each token where it is surest; arguments as there."""
-    best_BT, scores_BTV = logits_BTV.argmax(-1), logits_BTV.float()
+    best_BT, scores_BTV = argmax(logits_BTV), logits_BTV.float()
     probabilities_BT = (scores_BTV.gather(-1, best_BT[..., None])[..., 0] - scores_BTV.logsumexp(-1)).exp()
     begins_BT = begins(best_BT, blank)
     runs_BT = begins_BT.cumsum(1) - 1

@@ -5,14 +5,17 @@ Shapes: B rows, L prompt positions, W step width, S cache slots, J drafted token
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from leapasr.decoding.cache import RaggedCache
+from leapasr.decoding.lean import LeanLayers
+from leapasr.decoding.packing import Product, as_it_is, pack
 from leapasr.decoding.unembedding import RoughUnembedding
 from leapasr.model.draft_layers import DraftLayers, read_hidden
 from leapasr.model.mtp_heads import MTPHeads
@@ -56,6 +59,19 @@ class Prompts:
             memory,
             memory_length,
         )
+
+
+@dataclass(frozen=True)
+class Ways:
+    """Ways to compute the same, of which a machine has its fastest.
+
+    Attributes:
+        packed: weights are packed for products of few rows (`packing`).
+        rough: logits that need not be exact are rough (`unembedding`).
+    """
+
+    packed: bool = False
+    rough: bool = False
 
 
 class Decoder(Protocol):
@@ -104,8 +120,8 @@ class Decoder(Protocol):
             drafting: whether heads 2..K will be asked, here or anywhere else with this cache.
         """
 
-    def be_rough(self, rough: bool) -> None:
-        """Whether logits that need not be exact are rough, where the decoder can do that."""
+    def prepare(self, ways: Ways) -> None:
+        """Work in these ways from now on, as far as the decoder knows them; what is emitted is the same."""
 
     def logits(self, hidden: Tensor, *, exact: bool = True) -> Tensor:
         """Head 1's logits (..., V) from what `call` gave (..., H); not exact, only the likeliest token has to be."""
@@ -115,6 +131,9 @@ class Decoder(Protocol):
 
         Not exact, they are as good as drafts need.
         """
+
+    def draft_logits_each(self, asked: Sequence[tuple[Tensor, Tensor, int]], *, exact: bool = True) -> list[Tensor]:
+        """`draft_logits` of several (hidden_BH, first_tokens_B, num_drafts)."""
 
 
 class CausalLMDecoder:
@@ -138,11 +157,15 @@ class CausalLMDecoder:
         end = config.eos_token_id
         if end is None:
             raise ValueError("the decoder's configuration has no eos_token_id: texts would never end")
-        self.body: nn.Module = causal_lm.base_model
+        self.body: Any = causal_lm.base_model
         self.lm_head: nn.Linear = causal_lm.get_output_embeddings()
         self.embed_tokens: nn.Embedding = causal_lm.get_input_embeddings()  # type: ignore[assignment]
         self.mtp_heads, self.draft_layers = mtp_heads, draft_layers
         self._rough: RoughUnembedding | None = None
+        self._unembed: Product = self.lm_head
+        self._lean: LeanLayers | None = None
+        if LeanLayers.fit(self.body, draft_layers):
+            self._lean = LeanLayers(self.body, draft_layers)
         self.num_heads = 1 if mtp_heads is None else mtp_heads.num_heads
         self.max_positions: int = config.max_position_embeddings
         self.max_text = self.max_positions
@@ -166,6 +189,8 @@ class CausalLMDecoder:
         *,
         drafting: bool = True,
     ) -> Tensor:
+        if self._lean is not None:
+            return self._lean(embeddings_BWD, positions_BW, mask_B1WS, cache, drafting=drafting)
         return read_hidden(
             self.body,
             self.draft_layers if drafting else None,
@@ -176,19 +201,27 @@ class CausalLMDecoder:
             use_cache=cache is not None,
         )
 
-    def be_rough(self, rough: bool) -> None:
-        self._rough = RoughUnembedding(self.lm_head) if rough and self.dtype.itemsize >= 4 else None
+    def prepare(self, ways: Ways) -> None:
+        how = pack if ways.packed else as_it_is
+        self._unembed = how(self.lm_head)
+        self._rough = RoughUnembedding(self.lm_head, how) if ways.rough and self.dtype.itemsize >= 4 else None
+        if self._lean is not None:
+            self._lean = LeanLayers(self.body, self.draft_layers, how)
 
     def logits(self, hidden: Tensor, *, exact: bool = True) -> Tensor:
         own = hidden[..., : self.lm_head.in_features]
-        return self.lm_head(own) if exact or self._rough is None else self._rough.logits(own)
+        return self._unembed(own) if exact or self._rough is None else self._rough.logits(own)
 
     def draft_logits(self, hidden_BH: Tensor, first_tokens_B: Tensor, num_drafts: int, *, exact: bool = True) -> Tensor:
+        return self.draft_logits_each([(hidden_BH, first_tokens_B, num_drafts)], exact=exact)[0]
+
+    def draft_logits_each(self, asked: Sequence[tuple[Tensor, Tensor, int]], *, exact: bool = True) -> list[Tensor]:
         assert self.mtp_heads is not None
-        assert num_drafts < self.num_heads
-        hidden_BD = hidden_BH[:, -self.lm_head.in_features :]
-        unembed = self.lm_head if exact or self._rough is None else self._rough.rough
-        return self.mtp_heads.draft_logits(hidden_BD, first_tokens_B, unembed, self.embed_tokens, num_drafts)
+        assert all(num_drafts < self.num_heads for *_, num_drafts in asked)
+        width = self.lm_head.in_features
+        asked = [(hidden_BH[:, -width:], tokens_B, num_drafts) for hidden_BH, tokens_B, num_drafts in asked]
+        unembed = self._unembed if exact or self._rough is None else self._rough.rough
+        return self.mtp_heads.draft_logits_each(asked, unembed, self.embed_tokens)
 
 
 class SpeechLlamaDecoder(CausalLMDecoder):

@@ -29,6 +29,7 @@ from leapasr.decoding.options import DecodingOptions, DecodingResult, Truncation
 from leapasr.decoding.rewriting import Verdict, until_end
 from leapasr.decoding.strategies import Strategy, build_strategy
 from leapasr.decoding.trace import DraftToken, TokenRecord
+from leapasr.model.argmax import argmax
 from leapasr.model.speech_llama import join_positions, join_rows
 
 MAX_VOCAB_SIZE = 2**24  # ids travel to the host as float32, which is exact up to here
@@ -125,7 +126,7 @@ def as_scores(logits: Tensor) -> Tensor:
 
 def best_tokens(logits: Tensor) -> tuple[Tensor, Tensor]:
     """The likeliest ids (...) of logits (..., V), and their natural-log probabilities (...) in at least float32."""
-    tokens = logits.argmax(-1)  # before any cast, for ties to fall as in transformers' greedy search
+    tokens = argmax(logits)  # before any cast, for ties to fall as in transformers' greedy search
     scores = as_scores(logits)
     return tokens, scores.gather(-1, tokens[..., None])[..., 0] - scores.logsumexp(-1)
 
@@ -352,28 +353,46 @@ class DecodingLoop:
             log_probs_BR = torch.where(stands_BR, nn.functional.pad(drafted_BJ, (0, 1)), log_probs_BR)
         columns = [num_accepted_B[:, None], tokens_BR, log_probs_BR, drafted_BJ.exp()]
 
-        G = self.strategy.num_guesses
-        if G:
-            columns += self._guess(hidden_BRD[rows_B, num_accepted_B], tokens_BR[rows_B, num_accepted_B], G)
+        asked = []  # of heads 2..K, at which places of each row
+        if self.strategy.num_guesses:
+            asked.append((num_accepted_B[:, None], self.strategy.num_guesses))
         if self.strategy.reads_along:
-            places_BM = _first_places(draft_BJ != tokens_BR[:, :-1], NUM_MISTAKES)
-            hidden_ND = hidden_BRD[rows_B[:, None], places_BM].flatten(0, 1)
-            following = self._guess(hidden_ND, tokens_BR.gather(1, places_BM).flatten(), 1)
-            columns += [places_BM, *(column.view(places_BM.shape) for column in following)]
+            asked.append((_first_places(draft_BJ != tokens_BR[:, :-1], NUM_MISTAKES), 1))
         if self.strategy.num_further:
-            num_drafted_B = (draft_BJ >= 0).sum(-1)
-            behind = hidden_BRD[rows_B, num_drafted_B], tokens_BR[rows_B, num_drafted_B]
-            columns += self._guess(*behind, self.strategy.num_further)
+            asked.append(((draft_BJ >= 0).sum(-1, keepdim=True), self.strategy.num_further))
+        columns += self._guess(hidden_BRD, tokens_BR, asked)
 
         table = torch.cat([column.float() for column in columns], 1).cpu()
         pieces = (piece.tolist() for piece in table.split([column.shape[1] for column in columns], 1))
         return [self._parse(*row) for row in zip(*pieces, strict=True)]
 
-    def _guess(self, hidden_BH: Tensor, tokens_B: Tensor, num_guesses: int) -> list[Tensor]:
-        """What heads 2, 3, … say behind these tokens of head 1: ids and probabilities (B, G)."""
-        logits_BGV = self.decoder.draft_logits(hidden_BH, tokens_B, num_guesses, exact=self.strategy.trusts_heads)
-        guesses_BG, log_probs_BG = best_tokens(logits_BGV)
-        return [guesses_BG, log_probs_BG.exp()]
+    def _guess(self, hidden_BRH: Tensor, tokens_BR: Tensor, asked: Sequence[tuple[Tensor, int]]) -> list[Tensor]:
+        """What heads 2, 3, … say behind head 1's tokens.
+
+        Args:
+            hidden_BRH, tokens_BR: what `call` gave, and head 1's tokens.
+            asked: places (B, M) among these R, and how many heads.
+
+        Returns:
+            for each of `asked`: places (B, M), and ids and probabilities (B, M · heads).
+        """
+        if not asked:
+            return []
+        B = len(tokens_BR)
+        rows_B1 = torch.arange(B, device=tokens_BR.device)[:, None]
+        logits = self.decoder.draft_logits_each(
+            [
+                (hidden_BRH[rows_B1, places].flatten(0, 1), tokens_BR.gather(1, places).flatten(), num_heads)
+                for places, num_heads in asked
+            ],
+            exact=self.strategy.trusts_heads,
+        )
+        columns = []
+        for (places_BM, num_heads), logits_NGV in zip(asked, logits, strict=True):
+            guesses_NG, log_probs_NG = best_tokens(logits_NGV)
+            width = places_BM.shape[1] * num_heads
+            columns += [places_BM, guesses_NG.view(B, width), log_probs_NG.exp().view(B, width)]
+        return columns
 
     @staticmethod
     def _parse(
@@ -381,11 +400,13 @@ class DecodingLoop:
         tokens: list[float],
         log_probabilities: list[float],
         chances: list[float],
+        _behind_accepted: Sequence[float] = (),
         guesses: Sequence[float] = (),
         probabilities: Sequence[float] = (),
-        places: Sequence[float] = (),
+        mistakes: Sequence[float] = (),
         following: Sequence[float] = (),
         following_probabilities: Sequence[float] = (),
+        _behind_all: Sequence[float] = (),
         further: Sequence[float] = (),
         further_probabilities: Sequence[float] = (),
     ) -> _Reading:
@@ -397,7 +418,7 @@ class DecodingLoop:
             guesses=by_heads(guesses, probabilities),
             following={
                 int(place): DraftToken(int(token), probability, "head2")
-                for place, token, probability in zip(places, following, following_probabilities, strict=True)
+                for place, token, probability in zip(mistakes, following, following_probabilities, strict=True)
             },
             further=by_heads(further, further_probabilities),
         )

@@ -9,7 +9,12 @@ Shapes: ... any places, D width, V vocabulary, C candidates, N places that are c
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
 from torch import Tensor, nn
+
+from leapasr.decoding.packing import Product, as_it_is
 
 NUM_CANDIDATES = 8
 ROUNDING = 2.0**-9  # largest relative error of a number in bfloat16
@@ -21,17 +26,21 @@ class RoughUnembedding:
 
     Args:
         unembedding: in at least float32, frozen.
+        pack: the form in which products are done.
     """
 
-    def __init__(self, unembedding: nn.Linear):
+    def __init__(self, unembedding: nn.Linear, pack: Callable[[nn.Linear], Product] = as_it_is):
         self.exact = unembedding
         weight_VD = unembedding.weight.detach()
-        self._rough_VD = weight_VD.bfloat16()
+        with torch.device("meta"):
+            plain = nn.Linear(unembedding.in_features, unembedding.out_features, bias=False)
+        plain.weight = nn.Parameter(weight_VD.bfloat16(), requires_grad=False)
+        self._multiply = pack(plain)
         self._longest = float(weight_VD.norm(dim=-1).max())
 
     def rough(self, hidden: Tensor) -> Tensor:
         """Rough logits (..., V) of hidden states (..., D), in the unembedding's dtype."""
-        logits = nn.functional.linear(hidden.bfloat16(), self._rough_VD).to(self.exact.weight.dtype)
+        logits = self._multiply(hidden.bfloat16()).to(self.exact.weight.dtype)
         return logits if self.exact.bias is None else logits.add_(self.exact.bias)
 
     def logits(self, hidden: Tensor) -> Tensor:

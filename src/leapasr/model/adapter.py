@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import WhisperConfig
 from transformers.models.whisper.modeling_whisper import WhisperEncoderLayer
 
+from leapasr.model.argmax import argmax
 from leapasr.model.configuration import SpeechLlamaConfig
 from leapasr.model.encoders import attention_bias, padding_mask
 
@@ -137,7 +138,7 @@ class SpeechProjection(nn.Module):
     def best_tokens(self, ctc_logits_BTV: Tensor, lengths_B: Tensor) -> Tensor:
         """CTC's best token of each frame (B, T), blank behind each row's end."""
         valid_BT = padding_mask(lengths_B, ctc_logits_BTV.shape[1])
-        return ctc_logits_BTV.argmax(-1).masked_fill(~valid_BT, self.blank)
+        return argmax(ctc_logits_BTV).masked_fill(~valid_BT, self.blank)
 
     def positions(self, ids_BLS: Tensor, lengths_B: Tensor) -> Tensor:
         """Positions of the prompt (B, L) in the decoder.

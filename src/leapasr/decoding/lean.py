@@ -1,0 +1,119 @@
+"""A LLaMA's layers in few operations.
+
+A decoder call of a few tokens is short, and transformers' modules spend a part of it around the matrix products. Here
+is the same arithmetic on the same weights, with what a call of the decoding loop needs and nothing else: the mask is
+there already, and so are the positions. transformers' own forward pass does all training and every other architecture,
+and is what tests hold this one to.
+
+Shapes: B rows, W inputs, S slots of the cache, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaModel, LlamaRMSNorm
+
+from leapasr.decoding.packing import Product, as_it_is
+from leapasr.model.draft_layers import DraftLayers, NoFeedForward
+
+
+class LeanLayers:
+    """`leapasr.model.draft_layers.read_hidden` of a LLaMA.
+
+    Args:
+        body: a `LlamaModel` in evaluation mode, such that it `fit`s.
+        draft_layers: of that body; None where there are none.
+        pack: gives each matrix product the form in which it is done; by default the module itself.
+    """
+
+    def __init__(self, body: Any, draft_layers: DraftLayers | None, pack: Callable[[nn.Linear], Product] = as_it_is):
+        self._rotary: nn.Module = body.rotary_emb
+        self._layers, self._norm = [_Layer(layer, pack) for layer in body.layers], body.norm
+        self._draft_layers: list[_Layer] = []
+        if draft_layers is not None:
+            self._branching, self._draft_norm = draft_layers.branching, draft_layers.body.norm
+            self._draft_layers = [_Layer(layer, pack) for layer in draft_layers.body.layers]
+
+    @staticmethod
+    def fit(body: nn.Module, draft_layers: DraftLayers | None) -> bool:
+        """Whether all of it is what this stands for: no other architecture, nothing wrapped around a layer's parts."""
+        bodies = [body] if draft_layers is None else [body, draft_layers.body]
+        return all(type(each) is LlamaModel and all(map(_is_plain, each.layers)) for each in bodies)
+
+    def __call__(
+        self, embeddings_BWD: Tensor, positions_BW: Tensor, mask_B1WS: Tensor, cache: Cache | None, *, drafting: bool
+    ) -> Tensor:
+        """Last hidden states (B, W, D) or, with draft layers, (B, W, 2D)."""
+        cos_BWC, sin_BWC = self._rotary(embeddings_BWD, positions_BW)
+        rest = cos_BWC[:, None], sin_BWC[:, None], mask_B1WS, cache
+        hidden = branch = embeddings_BWD
+        for place, layer in enumerate(self._layers):
+            hidden = layer(hidden, *rest)
+            if self._draft_layers and place + 1 == self._branching:
+                branch = hidden
+        hidden = _normed(hidden, self._norm)
+        if not self._draft_layers or not drafting:
+            return hidden
+        for layer in self._draft_layers:
+            branch = layer(branch, *rest)
+        return torch.cat([hidden, _normed(branch, self._draft_norm)], -1)
+
+
+class _Layer:
+    def __init__(self, layer: Any, pack: Callable[[nn.Linear], Product]):
+        attention: Any = layer.self_attn
+        self.index: int = attention.layer_idx
+        self.head_width: int = attention.head_dim
+        self.grouped: bool = attention.num_key_value_groups > 1
+        self.attention_norm, self.norm = layer.input_layernorm, layer.post_attention_layernorm
+        self.q, self.k, self.v, self.o = map(pack, _attention_parts(attention))
+        self.gate: Product | None = None
+        if not isinstance(layer.mlp, NoFeedForward):
+            self.gate, self.up, self.down = map(pack, _feed_forward_parts(layer.mlp))
+            self.activation: Product = layer.mlp.act_fn
+
+    def __call__(self, hidden_BWD: Tensor, cos: Tensor, sin: Tensor, mask_B1WS: Tensor, cache: Cache | None) -> Tensor:
+        B, W, _ = hidden_BWD.shape
+        normed = _normed(hidden_BWD, self.attention_norm)
+        heads = (B, W, -1, self.head_width)
+        q, k, v = (part(normed).view(heads).transpose(1, 2) for part in (self.q, self.k, self.v))
+        q, k = _rotated(q, cos, sin), _rotated(k, cos, sin)
+        if cache is not None:
+            k, v = cache.update(k, v, self.index)
+        attended = nn.functional.scaled_dot_product_attention(q, k, v, mask_B1WS, enable_gqa=self.grouped)
+        hidden_BWD = hidden_BWD + self.o(attended.transpose(1, 2).reshape(B, W, -1))
+        if self.gate is None:
+            return hidden_BWD
+        normed = _normed(hidden_BWD, self.norm)
+        return hidden_BWD + self.down(self.activation(self.gate(normed)) * self.up(normed))
+
+
+def _attention_parts(attention: Any) -> tuple[nn.Linear, ...]:
+    return attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj
+
+
+def _feed_forward_parts(mlp: Any) -> tuple[nn.Linear, ...]:
+    return mlp.gate_proj, mlp.up_proj, mlp.down_proj
+
+
+def _is_plain(layer: Any) -> bool:
+    if type(layer) is not LlamaDecoderLayer or type(layer.input_layernorm) is not LlamaRMSNorm:
+        return False
+    parts = _attention_parts(layer.self_attn)
+    if not isinstance(layer.mlp, NoFeedForward):
+        parts += _feed_forward_parts(layer.mlp)
+    return all(type(part) is nn.Linear for part in parts)
+
+
+def _normed(x: Tensor, norm: Any) -> Tensor:
+    return nn.functional.rms_norm(x, x.shape[-1:], norm.weight, norm.variance_epsilon)
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.chunk(2, -1)
+    return torch.addcmul(x * cos, torch.cat([-second, first], -1), sin)

@@ -1,0 +1,169 @@
+"""What makes decoder calls short changes nothing: lean layers, packed weights, ids of the likeliest."""
+
+import copy
+
+import pytest
+import torch
+from test_decoding import MAX_TOKENS, make_prompts
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
+
+from leapasr.decoding import DecodingOptions, SpeechLlamaDecoder, decode
+from leapasr.decoding.cache import RaggedCache
+from leapasr.decoding.interface import CausalLMDecoder, Ways
+from leapasr.decoding.lean import LeanLayers
+from leapasr.decoding.packing import pack
+from leapasr.model.argmax import argmax
+from leapasr.model.draft_layers import leave_out_feed_forward, read_hidden
+from leapasr.model.low_rank import add_low_rank
+from leapasr.model.retrofitting import set_heads
+
+D = 32
+
+
+def build_llama(seed=4, **fields):
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": D, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}
+    config = LlamaConfig(vocab_size=64, initializer_range=0.3, eos_token_id=2, **{**sizes, **fields})
+    model = AutoModelForCausalLM.from_config(config).eval()
+    for name, parameter in model.named_parameters():  # norms and biases are nothing special otherwise
+        if name.endswith(("norm.weight", "bias")):
+            parameter.data += 0.3 * torch.randn_like(parameter)
+    return model.requires_grad_(False)
+
+
+def assert_reads_the_same(body, draft_layers, lean):
+    """Three calls of uneven rows, of which only a part is committed, through both."""
+    caches = RaggedCache(3), RaggedCache(3)
+    for width, commit in ((6, [6, 2, 4]), (1, [1, 1, 1]), (5, [0, 5, 3]), (4, [4, 4, 4])):
+        embeddings_BWD = torch.randn(3, width, D)
+        found, expected = [], []
+        for cache, hidden in zip(caches, (expected, found), strict=True):
+            positions_BW, mask_B1WS = cache.plan(width, torch.float32)
+            if hidden is found:
+                hidden.append(lean(embeddings_BWD, positions_BW, mask_B1WS, cache, drafting=True))
+            else:
+                inputs = {"position_ids": positions_BW, "attention_mask": mask_B1WS, "past_key_values": cache}
+                hidden.append(read_hidden(body, draft_layers, embeddings_BWD, **inputs, use_cache=True))
+            cache.commit(commit)
+        torch.testing.assert_close(found[0], expected[0], rtol=1e-5, atol=1e-5)
+        assert found[0].shape[-1] == (D if draft_layers is None else 2 * D)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"num_key_value_heads": 2},
+        {"attention_bias": True, "mlp_bias": True, "hidden_act": "gelu"},
+        {"head_dim": 12, "rms_norm_eps": 0.1},
+        {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 100.0}},
+    ],
+)
+def test_lean_layers_are_transformers_layers(fields):
+    body = build_llama(**fields).model
+    assert LeanLayers.fit(body, None)
+    assert_reads_the_same(body, None, LeanLayers(body, None))
+
+
+def test_layers_without_feed_forward():
+    body = build_llama().model
+    leave_out_feed_forward(body.layers[:2])
+    assert LeanLayers.fit(body, None)
+    assert_reads_the_same(body, None, LeanLayers(body, None))
+
+
+@pytest.mark.parametrize("num_draft_layers", [1, 2])  # of 2: they branch off before the decoder's first
+def test_draft_layers(build_tiny_model, num_draft_layers):
+    model = copy.deepcopy(build_tiny_model(dtype=torch.float32))
+    set_heads(model, draft_layers=num_draft_layers, seed=1)
+    for parameter in model.draft_layers.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    body = model.decoder.model
+    lean = LeanLayers(body, model.draft_layers)
+    assert LeanLayers.fit(body, model.draft_layers)
+    assert_reads_the_same(body, model.draft_layers, lean)
+    embeddings_BWD, positions_BW = torch.randn(1, 4, D), torch.arange(4)[None]
+    mask_B1WS = torch.zeros(1, 1, 4, 4)
+    both, alone = (lean(embeddings_BWD, positions_BW, mask_B1WS, None, drafting=each) for each in (True, False))
+    assert torch.equal(both[..., :D], alone)
+
+
+def test_what_lean_layers_do_not_fit(build_tiny_model):
+    sizes = {"hidden_size": D, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
+    other = AutoModelForCausalLM.from_config(Qwen2Config(vocab_size=64, intermediate_size=48, **sizes))
+    assert not LeanLayers.fit(other.model, None)
+    adapted = copy.deepcopy(build_tiny_model())
+    add_low_rank(adapted.decoder, rank=2)
+    assert not LeanLayers.fit(adapted.decoder.base_model, None)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_products(dtype, bias):
+    generator = torch.Generator().manual_seed(1)
+    linear = nn.Linear(72, 200, bias=bias).to(dtype).requires_grad_(False)
+    packed = pack(linear)
+    for shape in [(1,), (2,), (3, 5), (1, 40), (7, 31), (300,), (0,), (2, 0)]:
+        x = torch.randn(*shape, 72, generator=generator).to(dtype)
+        tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.02, "atol": 0.02}
+        torch.testing.assert_close(packed(x), linear(x), **tolerance)
+        if len(shape) > 1 and x.numel():
+            torch.testing.assert_close(packed(x.transpose(0, 1)), linear(x.transpose(0, 1)), **tolerance)
+
+
+def test_what_cannot_be_packed_stays():
+    linear = nn.Linear(8, 8, dtype=torch.float64)
+    assert pack(linear) is linear
+    elsewhere = nn.Linear(8, 8, device="meta")
+    assert pack(elsewhere) is elsewhere
+
+
+@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="this PyTorch has no MKL")
+@pytest.mark.parametrize("wrong_for", [1, 24])
+def test_packed_weights_that_are_wrong_are_not_used(monkeypatch, wrong_for):
+    real = torch.ops.mkl._mkl_linear
+
+    def wrong(x, packed, weight, bias, num_rows):
+        return real(x, packed, weight, bias, num_rows) + (0.01 if num_rows == wrong_for else 0.0)
+
+    linear = nn.Linear(8, 8)
+    assert pack(linear) is not linear
+    monkeypatch.setattr(torch.ops.mkl, "_mkl_linear", wrong)
+    assert pack(linear) is linear
+
+
+@pytest.mark.parametrize("strategy", ["autoregressive", "verify", "threshold", "beam"])
+@pytest.mark.parametrize("ways", [Ways(packed=True), Ways(packed=True, rough=True)])
+def test_packed_decoders_write_the_same(build_tiny_model, strategy, ways):
+    fields = {"threshold": {"threshold": 0.02}, "beam": {"nbest": 4}}.get(strategy, {})
+    drafts = None if strategy in ("autoregressive", "threshold") else "mtp"
+    options = DecodingOptions(strategy=strategy, max_repeats=4, drafts=drafts, **fields)
+    prompts, results = make_prompts(5, dtype=torch.float32), []
+    for each in (Ways(), ways):
+        decoder = SpeechLlamaDecoder(build_tiny_model(dtype=torch.float32))
+        decoder.prepare(each)
+        results.append(decode(decoder, prompts, options, max_tokens=[MAX_TOKENS] * 5))
+    for plain, other in zip(*results, strict=True):
+        assert other.tokens == plain.tokens
+
+
+def test_ways_can_be_taken_back(build_tiny_model):
+    decoder = CausalLMDecoder(build_llama())
+    hidden = torch.randn(2, 5, D)
+    before = decoder.logits(hidden, exact=False)
+    decoder.prepare(Ways(packed=True, rough=True))
+    assert not torch.equal(decoder.logits(hidden, exact=False), before)
+    decoder.prepare(Ways())
+    assert torch.equal(decoder.logits(hidden, exact=False), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_argmax_is_the_first_of_the_likeliest(dtype):
+    logits = torch.randn(3, 4, 500, generator=torch.Generator().manual_seed(0)).to(dtype)
+    logits[1, 2, [70, 30, 400]] = 9.0
+    assert argmax(logits)[1, 2] == 30
+    assert torch.equal(argmax(logits), logits.argmax(-1))
+    assert torch.equal(argmax(logits.transpose(0, 1)), logits.transpose(0, 1).argmax(-1))
+    assert argmax(logits[:0]).shape == (0, 4)
+    assert argmax(logits).dtype == torch.int64
