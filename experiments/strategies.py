@@ -232,12 +232,12 @@ def compare_words(
     transcriber: Transcriber, sets: Mapping[str, tuple[Path, str | None]], *, limit: int, batch_size: int, output: Path
 ) -> None:
     """Write strategies.md, .json and .png: words and calls of every strategy on every set."""
-    chosen = strategies(transcriber.decoder.num_heads)
+    chosen, dtype = strategies(transcriber.decoder.num_heads), str(transcriber.model.dtype).removeprefix("torch.")
     figures: list[dict] = []
     page = [
         "# Strategies and draft sources",
         "",
-        f"`experiments/strategies.py`: up to {limit} utterances a set, spread evenly, {transcriber.model.dtype}, batch "
+        f"`experiments/strategies.py`: up to {limit} utterances a set, spread evenly, {dtype}, batch "
         f"{batch_size}, {torch.get_num_threads()} CPU threads. Words are compared after the {NORMALIZER.name} "
         f"normaliser of Whisper. K heads, head 1 included: {transcriber.decoder.num_heads} where nothing is said. "
         "Calls of drafts that are not *full* depend on the machine: they are cut where a wider call is not worth it. "
@@ -264,7 +264,7 @@ def compare_times(
     transcriber: Transcriber, manifest: Path, use: str | None, *, limit: int, rounds: int, output: Path
 ) -> None:
     """Write strategies-time.md and .json: seconds of the main strategies, one at a time and eight at once."""
-    chosen = strategies(transcriber.decoder.num_heads)
+    chosen, dtype = strategies(transcriber.decoder.num_heads), str(transcriber.model.dtype).removeprefix("torch.")
     utterances = read_utterances([manifest], use=use, limit=limit)
     systems = [Generate(transcriber), *(Leapasr(transcriber, chosen[name]) for name in TIMED)]
     rows = bench(transcriber, systems, utterances, batch_sizes=(1, 8), rounds=rounds)
@@ -272,7 +272,7 @@ def compare_times(
         "# Strategies and their time",
         "",
         f"`experiments/strategies.py --part times`: {len(utterances.samples)} utterances of LibriSpeech test-clean, "
-        f"{transcriber.model.dtype}, {torch.get_num_threads()} CPU threads. Features, encoder and decoding; {rounds} "
+        f"{dtype}, {torch.get_num_threads()} CPU threads. Features, encoder and decoding; {rounds} "
         "rounds, all taking turns in one process; medians. Decoder times include all that is around it; *against "
         "autoregressive* is theirs divided by this one's. Words and calls: [strategies.md](strategies.md).",
         "",

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from test_decoding import MAX_TOKENS, VERIFY, make_prompts, outcomes, scripted
 
 from leapasr.decoding import DecodingOptions, SpeechLlamaDecoder, decode
-from leapasr.decoding.costs import FREE, CallCosts, measure_costs, num_worth_drafting, tune
+from leapasr.decoding.costs import CARRIED, FREE, CallCosts, measure_costs, num_worth_drafting, tune
 from leapasr.decoding.reference import beam_reference, decode_reference
 
 COSTS = CallCosts((1, 4), (1, 2, 10), ((1.0, 2.0, 4.0), (3.0, 6.0, 12.0)))
@@ -35,12 +35,19 @@ def test_costs_lie_on_lines_between_what_was_measured(num_rows, width, seconds):
 @example([[1.0] * 8], 1, 0.6)  # the first token is not worth it, eight are
 def test_the_best_length_of_all(probabilities, width, seconds_per_token):
     def gain(length):
-        expected = sum(sum(list(accumulate(row, mul))[:length]) for row in probabilities)
+        worths = [accumulate([p + (1 - p) * CARRIED for p in row], mul) for row in probabilities]
+        expected = sum(sum(list(row)[:length]) for row in worths)
         return seconds_per_token * expected - COSTS(len(probabilities), width + length)
 
     lengths = range(max(map(len, probabilities)) + 1)
     found = num_worth_drafting(probabilities, COSTS, width=width, seconds_per_token=seconds_per_token)
     assert gain(found) == pytest.approx(max(map(gain, lengths)))
+
+
+def test_a_draft_is_worth_something_behind_a_mistake():
+    row = [1.0, 0.0, 1.0, 1.0, 1.0, 1.0]
+    assert num_worth_drafting([row], COSTS, width=1, seconds_per_token=1.0) == 6  # 0.3 each, for a quarter of a call
+    assert num_worth_drafting([row], COSTS, width=1, seconds_per_token=0.8) == 0
 
 
 def test_what_costs_nothing_is_all_drafted():

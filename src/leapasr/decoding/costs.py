@@ -1,6 +1,7 @@
 """What a wider decoder call costs on this machine, and how much of a draft is worth that.
 
-A drafted token is worth the chance that it stands times the seconds that a token takes otherwise. It costs what
+A drafted token is worth the chance that it stands times the seconds that a token takes otherwise; a part of that even
+if one before it falls, since the call then says what belongs there (docs/performance.md). It costs what
 widening the call by one costs, for all rows at once. The seconds of calls of a few sizes are measured once for each
 machine and model, and kept in a file, and so are the `Ways` of computing that are fastest there.
 """
@@ -28,6 +29,7 @@ from leapasr.model.argmax import argmax
 NUM_ROWS, WIDTHS = (1, 8, 32), (1, 8, 32, 128)
 SLOTS = 128  # in the cache when a call is timed
 NUM_MISTAKES = 8  # of a draft, at which head 2 is asked
+CARRIED = 0.3  # of a drafted token's worth is left behind a mistake: the call that finds it corrects the rest
 REPETITIONS = 5  # of which the quickest counts: others may have been disturbed
 
 
@@ -64,7 +66,7 @@ def num_worth_drafting(
         width: of the call without drafts.
         seconds_per_token: what a token costs that is not drafted.
     """
-    survivals = [list(accumulate(row, mul)) for row in probabilities]
+    survivals = [list(accumulate((p + (1 - p) * CARRIED for p in row), mul)) for row in probabilities]
     best, best_worth, worth = 0, 0.0, 0.0
     without = costs(len(probabilities), width)
     for place in range(max(map(len, survivals), default=0)):
