@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 import warnings
 from pathlib import Path
@@ -32,7 +33,9 @@ def resample(samples: np.ndarray, rate: int) -> np.ndarray:
     return soxr.resample(samples, rate, SAMPLE_RATE).astype(np.float32, copy=False)
 
 
-def read_audio(source: str | os.PathLike | bytes | BinaryIO) -> np.ndarray:
+def read_audio(
+    source: str | os.PathLike | bytes | BinaryIO, *, max_seconds: float = math.inf, strict: bool = False
+) -> np.ndarray:
     """Decode audio of any container, codec, rate and channel count.
 
     Decoding and resampling go packet by packet: the memory taken is that of the result.
@@ -40,12 +43,15 @@ def read_audio(source: str | os.PathLike | bytes | BinaryIO) -> np.ndarray:
 
     Args:
         source: path of a local file, a file's bytes, or a binary file object.
+        max_seconds: longer audio is an error, found while decoding, whatever length the file declares.
+        strict: damage is an error, not a warning.
 
     Returns:
         Samples (num_samples,), float32, mono (the mean of the channels), 16 kHz.
 
     Raises:
-        AudioError: the file is missing, a directory, empty, not audio, without an audio stream or without samples.
+        AudioError: the file is missing, a directory, empty, not audio, without an audio stream or without samples;
+            it is longer than `max_seconds`; or, if `strict`, it is damaged.
     """
     name, file = _opened(source)
     # A playlist inside the file must not make FFmpeg open anything else.
@@ -55,7 +61,7 @@ def read_audio(source: str | os.PathLike | bytes | BinaryIO) -> np.ndarray:
             stream = container.streams.best("audio")
             if not isinstance(stream, av.AudioStream):
                 raise AudioError(f"{name} has no audio stream, only {_kinds(container)}: give a file with sound")
-            samples = _decode(container, stream, name)
+            samples = _decode(container, stream, name, max_seconds=max_seconds, strict=strict)
     except (av.FFmpegError, OSError) as error:
         raise AudioError(f"{name} cannot be read as audio ({error.strerror}): corrupt, or no audio file") from error
     if not len(samples):
@@ -85,7 +91,9 @@ def _kinds(container: av.container.InputContainer) -> str:
     return ", ".join(sorted({stream.type for stream in container.streams})) or "no streams"
 
 
-def _decode(container: av.container.InputContainer, stream: av.AudioStream, name: str) -> np.ndarray:
+def _decode(
+    container: av.container.InputContainer, stream: av.AudioStream, name: str, *, max_seconds: float, strict: bool
+) -> np.ndarray:
     result = _Resampled()
     damage: list[str] = []
     now = None  # where the next frame should start, by the file's own clock
@@ -98,6 +106,8 @@ def _decode(container: av.container.InputContainer, stream: av.AudioStream, name
                     now = frame.time
                 now = (now or 0.0) + frame.samples / frame.sample_rate
                 result.add(_mono(frame), frame.sample_rate)
+                if result.seconds > max_seconds:
+                    raise AudioError(f"{name} is longer than {max_seconds:g} s: cut it, and give the pieces")
     except av.FFmpegError as error:
         damage.append(f"decoding stopped at {result.seconds:.2f} s: {error.strerror}")
     samples = result.finish()
@@ -107,7 +117,10 @@ def _decode(container: av.container.InputContainer, stream: av.AudioStream, name
             f"decoding stopped at {result.seconds:.2f} s, though the file says that it is {declared:.2f} s long"
         )
     if damage and len(samples):
-        warnings.warn(f"{name} is damaged: {'; '.join(damage[:5])}; {result.seconds:.2f} s were decoded", stacklevel=3)
+        message = f"{name} is damaged: {'; '.join(damage[:5])}; {result.seconds:.2f} s were decoded"
+        if strict:
+            raise AudioError(message)
+        warnings.warn(message, stacklevel=3)
     return samples
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from leapasr.audio import SAMPLE_RATE, AudioError, read_audio
 from leapasr.chunks import Chunk, by_length, cut_recording, windows
-from leapasr.decoding import DecodingOptions, DecodingResult, Prompts, SpeechLlamaDecoder, build_loop
+from leapasr.decoding import DecodingLoop, DecodingOptions, DecodingResult, Prompts, SpeechLlamaDecoder, build_loop
 from leapasr.decoding.costs import FREE, CallCosts, known_costs
 from leapasr.decoding.ctc import greedy_ctc, read_ctc
 from leapasr.decoding.drafts import Drafter, build_drafter
@@ -74,6 +74,11 @@ class DecodedChunk:
     @property
     def chunk(self) -> Chunk:
         return self.batch.chunks[self.row]
+
+    @property
+    def encoder_seconds(self) -> float:
+        """Its share, by length, of the seconds that encoding the batch took."""
+        return self.batch.seconds * self.chunk.seconds / sum(chunk.seconds for chunk in self.batch.chunks)
 
 
 @dataclass(frozen=True)
@@ -196,21 +201,22 @@ class Transcriber:
         seconds = {index: np.zeros(2) for index, _ in window}
         batches = (self.encode(chunks) for chunks in by_length(self.cut(window), batch_size))
         for done in self.decode_each(batches, options, num_left=batch_size // 2):
-            chunk, batch = done.chunk, done.batch
-            times = self._token_times(batch, done.row, done.result.tokens) if word_times else []
-            segments[chunk.recording].append(self._segment(chunk, done.result, times))
-            share = chunk.seconds / sum(chunk.seconds for chunk in batch.chunks)
-            seconds[chunk.recording] += np.array([batch.seconds * share, done.seconds])
+            recording = done.chunk.recording
+            segments[recording].append(self.segment(done, word_times=word_times))
+            seconds[recording] += np.array([done.encoder_seconds, done.seconds])
             if progress:
-                progress(chunk.seconds)
+                progress(done.chunk.seconds)
         for index, samples in window:
             ordered = sorted(segments[index], key=lambda segment: segment.start)
             yield index, Transcription(ordered, len(samples) / SAMPLE_RATE, *map(float, seconds[index]))
 
-    def _segment(self, chunk: Chunk, result: DecodingResult, times: list[tuple[float, float]]) -> Segment:
+    def segment(self, done: DecodedChunk, *, word_times: bool = False) -> Segment:
+        """What is said in a chunk, with the times of its words if `word_times`."""
+        result = done.result
+        times = self._token_times(done.batch, done.row, result.tokens) if word_times else []
         return Segment(
-            start=chunk.start,
-            end=chunk.end,
+            start=done.chunk.start,
+            end=done.chunk.end,
             text=self.processor.decode_text(result.tokens),
             tokens=result.tokens,
             decoder_calls=result.num_calls,
@@ -276,30 +282,25 @@ class Transcriber:
         Raises:
             ValueError: the options do not fit the model.
         """
-        costs = self.costs if options.draft_length_used == "worthwhile" else FREE
-        loop = build_loop(self.decoder, options, costs=costs)
-        rows: dict[int, tuple[EncodedBatch, int]] = {}
-        seconds: dict[int, float] = {}
-
-        def decode_until(num_rows: int) -> Iterator[DecodedChunk]:
-            while len(rows) > num_rows:
-                with _timed(self.model.device) as timer:
-                    finished = loop.step()
-                for key in rows:
-                    seconds[key] += timer.seconds / len(rows)
-                for key, result in finished.items():
-                    yield DecodedChunk(*rows.pop(key), result, seconds.pop(key))
-
+        running = self.running(options)
         for batch in batches:
-            with _timed(self.model.device) as timer:
-                drafters = self._drafters(batch, options)
-                keys = loop.add(batch.prompts, max_tokens=batch.max_tokens, drafters=drafters)
-            rows |= {key: (batch, row) for row, key in enumerate(keys)}
-            seconds |= dict.fromkeys(keys, timer.seconds / max(1, len(keys)))
-            yield from decode_until(num_left)
-        yield from decode_until(0)
+            running.add(batch)
+            while len(running) > num_left:
+                yield from running.step()
+        while running:
+            yield from running.step()
 
-    def _drafters(self, batch: EncodedBatch, options: DecodingOptions) -> list[Drafter] | None:
+    def running(self, options: DecodingOptions) -> RunningBatch:
+        """A batch without chunks, to be decoded with `options`.
+
+        Raises:
+            ValueError: the options do not fit the model.
+        """
+        costs = self.costs if options.draft_length_used == "worthwhile" else FREE
+        return RunningBatch(self, build_loop(self.decoder, options, costs=costs))
+
+    def drafters(self, batch: EncodedBatch, options: DecodingOptions) -> list[Drafter] | None:
+        """A draft source for each chunk that starts from what CTC reads there; None if `options` have no use for it."""
         if not options.reads_ctc:
             return None
         end_token = min(self.decoder.end_tokens)
@@ -319,6 +320,46 @@ class Transcriber:
         batches = (self.encode([chunk]) for chunk in self.cut([(0, as_samples(audio))]))
         texts = [self.processor.decode_text(self.decode_ctc(batch).results[0].tokens) for batch in batches]
         return " ".join(filter(None, texts))
+
+
+class RunningBatch:
+    """Chunks that are being decoded together; more may join at any time (continuous batching).
+
+    What a chunk gets does not depend on the chunks beside it.
+
+    Args:
+        transcriber: has encoded the chunks.
+        loop: without rows.
+    """
+
+    def __init__(self, transcriber: Transcriber, loop: DecodingLoop):
+        self._transcriber, self._loop = transcriber, loop
+        self._rows: dict[int, tuple[EncodedBatch, int]] = {}
+        self._seconds: dict[int, float] = {}
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @property
+    def chunks(self) -> list[Chunk]:
+        """Those that are being decoded."""
+        return [batch.chunks[row] for batch, row in self._rows.values()]
+
+    def add(self, batch: EncodedBatch) -> None:
+        """Let the chunks of `batch` join."""
+        with _timed(self._transcriber.model.device) as timer:
+            drafters = self._transcriber.drafters(batch, self._loop.options)
+            keys = self._loop.add(batch.prompts, max_tokens=batch.max_tokens, drafters=drafters)
+        self._rows |= {key: (batch, row) for row, key in enumerate(keys)}
+        self._seconds |= dict.fromkeys(keys, timer.seconds / max(1, len(keys)))
+
+    def step(self) -> list[DecodedChunk]:
+        """One decoder call: gives the chunks that it ended."""
+        with _timed(self._transcriber.model.device) as timer:
+            finished = self._loop.step()
+        for key in self._rows:
+            self._seconds[key] += timer.seconds / len(self._rows)
+        return [DecodedChunk(*self._rows.pop(key), result, self._seconds.pop(key)) for key, result in finished.items()]
 
 
 def _drained(items: list) -> Iterator:
