@@ -176,7 +176,8 @@ def test_trace(client, transcriber, flac):
         assert [token["source"] for token in segment["tokens"]] == [record.source for record in expected.trace]
         assert [token["step"] for token in segment["tokens"]] == [record.step for record in expected.trace]
         times = [(token["start"], token["end"]) for token in segment["tokens"][: len(expected.tokens)]]
-        assert times == [(round(start, 3), round(end, 3)) for start, end in expected.token_times]
+        unknown = [(None, None)] * len(expected.tokens)  # too many tokens for the audio
+        assert times == ([(round(start, 3), round(end, 3)) for start, end in expected.token_times] or unknown)
     assert (trace["srt"], trace["vtt"]) == (render(result, "srt", audio=""), render(result, "vtt", audio=""))
 
 
@@ -207,7 +208,7 @@ def test_silence(client):
     assert post(client, audio, **TRACE).json()["leapasr"]["num_tokens"] == 0
 
 
-@pytest.mark.parametrize("name", ["../../etc/passwd", "/dev/null", "a\x00b", "C:\\x", "x" * 5000, "ü.flac", "-"])
+@pytest.mark.parametrize("name", ["../../etc/passwd", "/dev/null", "a\x00b", "C:\\x", "x" * 1000, "ü.flac", "-"])
 def test_a_file_name_is_only_a_name(client, transcriber, flac, name):
     response = post(client, flac(1, 2), name)
     assert response.json()["text"] == transcriber.transcribe(flac(1, 2)).text
@@ -340,6 +341,7 @@ def test_metrics(transcriber, flac):
         result = post(client, flac(2.5, 1), **TRACE).json()["leapasr"]
         refusal(post(client, b"no audio"), 400)
         figures = dict(re.findall(r"^(\w+(?:\{[^}]*\})?) (\S+)$", client.get("/metrics").text, flags=re.MULTILINE))
+    seconds = sum(segment["end"] - segment["start"] for segment in result["segments"])
     expected = {
         'leapasr_responses_total{status="200"}': 1,
         'leapasr_responses_total{status="400"}': 1,
@@ -348,12 +350,12 @@ def test_metrics(transcriber, flac):
         "leapasr_accept_length_sum": result["num_tokens"],
         "leapasr_requests_in_hand": 0,
         "leapasr_queue_length": 0,
-        "leapasr_audio_seconds_total": 2.5,
+        "leapasr_audio_seconds_total": seconds,
     }
     assert {name: float(figures[name]) for name in expected} == pytest.approx(expected)
     assert float(figures["leapasr_batch_size_count"]) > 0
     computed = float(figures["leapasr_encoder_seconds_total"]) + float(figures["leapasr_decoder_seconds_total"])
-    assert float(figures["leapasr_rtfx"]) == pytest.approx(2.5 / computed)
+    assert float(figures["leapasr_rtfx"]) == pytest.approx(seconds / computed)
 
 
 def test_many_clients_each_get_their_own_text(client, transcriber, flac):
@@ -389,15 +391,16 @@ def test_a_request_that_takes_too_long(transcriber, flac, gate):
         gate.opened.set()
 
 
-def test_a_model_that_fails_fails_the_requests_of_that_batch_only(transcriber, flac, monkeypatch, caplog):
-    encode, failures = transcriber.encode, [RuntimeError("out of memory")]
+@pytest.mark.parametrize("method", ["encode", "segment"])
+def test_a_model_that_fails_fails_the_requests_of_that_batch_only(transcriber, flac, monkeypatch, caplog, method):
+    works, failures = getattr(transcriber, method), [RuntimeError("out of memory")]
 
-    def fail_once(chunks):
+    def fail_once(*args, **kwargs):
         if failures:
             raise failures.pop()
-        return encode(chunks)
+        return works(*args, **kwargs)
 
-    monkeypatch.setattr(transcriber, "encode", fail_once)
+    monkeypatch.setattr(transcriber, method, fail_once)
     with TestClient(build_app(make_service(transcriber), api_key=None)) as client:
         error = refusal(post(client, flac(4, 3)), 500)
         assert error["type"] == "server_error"

@@ -1,7 +1,5 @@
 """The routes of the server."""
 
-from __future__ import annotations
-
 import asyncio
 import importlib.resources
 import time
@@ -89,7 +87,7 @@ def build_app(service: Service, *, api_key: str | None) -> FastAPI:
             held.push_async_callback(events.aclose)
             return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
         transcription = await _unless_gone(request, _transcribe(service, recording, form, until))
-        return respond(transcription, form, service.transcriber.processor)
+        return await asyncio.to_thread(respond, transcription, form, service.transcriber.processor)
 
     def model_card() -> dict[str, Any]:
         return {"id": service.name, "object": "model", "created": created, "owned_by": "leapasr"}
@@ -167,7 +165,7 @@ async def _events(
     except ApiError as error:
         yield event(error.body)
         return
-    whole = body(joined(recording, decoded), form, service.transcriber.processor)
+    whole = await asyncio.to_thread(body, joined(recording, decoded), form, service.transcriber.processor)
     yield event({"type": "transcript.text.done"} | whole)
 
 

@@ -6,8 +6,8 @@ import asyncio
 import logging
 import threading
 from collections import deque
-from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import AsyncGenerator, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 
 from leapasr.chunks import Chunk
 from leapasr.decoding import DecodingOptions
@@ -52,7 +52,7 @@ class Batcher:
     Requests take turns, a chunk each, so that a short recording does not wait for the end of a long one.
 
     Args:
-        transcriber: used by the decoding thread alone.
+        transcriber: the decoding thread encodes and decodes with it, and nobody else may.
         options: how to decode.
         batch_size: most chunks in the batch.
 
@@ -101,7 +101,7 @@ class Batcher:
             DecodingError: the model failed.
         """
         job = _Job(word_times, asyncio.get_running_loop())
-        job.waiting.extend(Chunk(job, chunk.start, chunk.samples) for chunk in chunks)
+        job.waiting.extend(replace(chunk, recording=job) for chunk in chunks)
         early: dict[float, DecodedSegment] = {}
         try:
             if chunks:
@@ -123,16 +123,21 @@ class Batcher:
                     self._jobs.remove(job)
 
     def _run(self) -> None:
+        finished: deque[DecodedChunk] = deque()
         while (chunks := self._take()) or self._running:
             try:
                 if chunks:
                     self._running.add(self.transcriber.encode(chunks))
                 self._metrics.batch_size.observe(len(chunks) or len(self._running))  # who joins has a call of their own
-                for done in self._running.step():
-                    self._finish(done)
+                finished.extend(self._running.step())
+                while finished:
+                    self._finish(finished[0])
+                    finished.popleft()
             except Exception:
                 log.exception("the model failed at a batch: its requests get an error, others go on")
-                self._fail(chunks)
+                self._fail([*self._running.chunks, *chunks, *(done.chunk for done in finished)])
+                self._running = self.transcriber.running(self.options)
+                finished.clear()
 
     def _take(self) -> list[Chunk[_Job]]:
         """Chunks for the free places, once half are free; waits while there is nothing to do."""
@@ -156,8 +161,7 @@ class Batcher:
             segment = self.transcriber.segment(done, word_times=job.word_times)
             job.deliver(DecodedSegment(segment, done.encoder_seconds, done.seconds))
 
-    def _fail(self, chunks: Sequence[Chunk[_Job]]) -> None:
-        """Tell the requests that had a chunk in the batch, or among those that were to join, and begin a new one."""
-        for job in {chunk.recording for chunk in [*self._running.chunks, *chunks]}:
+    def _fail(self, chunks: Iterable[Chunk[_Job]]) -> None:
+        """Tell the requests that these chunks are of."""
+        for job in {chunk.recording for chunk in chunks}:
             job.deliver(DecodingError("the model failed at the batch that this request was in: see the server's log"))
-        self._running = self.transcriber.running(self.options)

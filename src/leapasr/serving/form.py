@@ -16,7 +16,7 @@ from leapasr.serving.errors import ApiError
 
 MAX_FIELDS = 32
 MAX_FIELD_BYTES = 65_536
-LANGUAGE = "en"  # the one that the model writes
+LANGUAGE, LANGUAGE_NAME = "en", "english"  # the one that the model writes
 
 ResponseFormat = Literal["json", "text", "srt", "verbose_json", "vtt"]
 

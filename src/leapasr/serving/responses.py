@@ -15,7 +15,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse
 from leapasr.decoding.trace import TokenRecord, accept_length_histogram
 from leapasr.explaining import rejected_text, token_texts
 from leapasr.model.processing import SpeechLlamaProcessor
-from leapasr.serving.form import TranscriptionForm
+from leapasr.serving.form import LANGUAGE_NAME, TranscriptionForm
 from leapasr.subtitles import render
 from leapasr.transcription import Segment, Transcription
 
@@ -40,7 +40,7 @@ def body(transcription: Transcription, form: TranscriptionForm, processor: Speec
     }
     if form.response_format != "verbose_json":
         return plain
-    verbose = {"task": "transcribe", "language": "english", "duration": transcription.audio_seconds, **plain}
+    verbose = {"task": "transcribe", "language": LANGUAGE_NAME, "duration": transcription.audio_seconds, **plain}
     if "segment" in form.granularities:
         verbose["segments"] = [_segment(number, segment) for number, segment in enumerate(transcription.segments)]
     if "word" in form.granularities:

@@ -52,10 +52,10 @@ class Service:
         self.queue = Queue(limits.num_requests)
         self.metrics = Metrics(num_requests=lambda: self.queue.length, num_chunks=lambda: self.batcher.num_waiting)
         self._readers = ThreadPoolExecutor(NUM_READERS, thread_name_prefix="reading")
-        self._num_open = 2 * batch_size  # recordings whose samples are in memory; those behind them wait as files
+        self._num_places = 2 * batch_size  # recordings whose samples are in memory; those behind them wait as files
 
     async def start(self) -> None:
-        self._open = asyncio.Semaphore(self._num_open)
+        self._places = asyncio.Semaphore(self._num_places)
         self.batcher.start(self.metrics)
 
     async def close(self) -> None:
@@ -75,7 +75,7 @@ class Service:
         """
         try:
             async with deadline(until, self._late):
-                await held.enter_async_context(self._open)
+                await held.enter_async_context(self._places)
                 return await asyncio.get_running_loop().run_in_executor(self._readers, self._read, audio)
         except AudioError as error:
             raise ApiError(HTTPStatus.BAD_REQUEST, f"file: {error}", param="file", code="invalid_audio") from error

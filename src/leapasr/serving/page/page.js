@@ -8,6 +8,8 @@ const SOURCES = {
   beam: ["beam", "another hypothesis, drafted"],
 };
 
+const HOLD_SECONDS = 0.5; // how long a word stays lit behind its end, if no other follows
+
 const part = (id) => document.getElementById(id);
 const sourceOf = (name) => SOURCES[name] ?? ["heads", `${name.replace("head", "head ")}, drafted`];
 
@@ -207,7 +209,9 @@ function showLengths(lengths) {
 
 function light() {
   const now = part("audio").currentTime;
-  for (const { start, end, element } of timedWords) element.classList.toggle("lit", start <= now && now < end);
+  const last = timedWords.findLast(({ start }) => start <= now);
+  const lit = last && now < last.end + HOLD_SECONDS ? last.element : null;
+  for (const { element } of timedWords) element.classList.toggle("lit", element === lit);
 }
 
 function follow() {
