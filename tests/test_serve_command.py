@@ -28,10 +28,12 @@ def server(tiny_model_folder) -> Iterator[subprocess.Popen]:
 
 
 def port_of(server: subprocess.Popen) -> int:
+    said = []
     for line in server.stdout:
+        said.append(line)
         if found := re.search(r"running on http://127\.0\.0\.1:(\d+)", line):
             return int(found[1])
-    raise AssertionError("it never started")
+    raise AssertionError(f"it never started: {''.join(said)}")
 
 
 def is_refused(port: int) -> bool:

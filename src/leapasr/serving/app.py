@@ -53,7 +53,7 @@ def build_app(service: Service, *, api_key: str | None) -> FastAPI:
 
     async def admitted(request: Request) -> AsyncIterator[AsyncExitStack]:
         """A place in the queue, and what else the request comes to hold, until its response has ended."""
-        check_key(request, api_key)
+        has_key(request)
         async with AsyncExitStack() as held:
             held.enter_context(service.queue.place())
             held.enter_context(service.metrics.latency.time())
