@@ -76,7 +76,7 @@ def test_sigterm_finishes_what_is_in_hand_refuses_the_rest_and_exits_0(server, t
     [
         (["--model", "nowhere"], 2, "model folder not found: nowhere"),
         (["--timeout", "0"], 2, "limit timeout must be greater than 0, got 0"),
-        (["--port", "70000"], 2, "70000"),
+        (["--port", "70000"], 2, "65535"),
     ],
 )
 def test_bad_arguments(arguments, code, message):
@@ -98,6 +98,7 @@ def test_a_port_that_is_taken(tiny_model_folder):
         )
     assert done.returncode == 1
     assert "address already in use" in done.stderr
+    assert f"leapasr: the server did not start at 127.0.0.1, port {port}" in done.stderr
     assert "Traceback" not in done.stderr
 
 

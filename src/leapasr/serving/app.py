@@ -15,6 +15,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.requests import ClientDisconnect
 
 import leapasr
+from leapasr.serving.batcher import DecodedSegment
 from leapasr.serving.errors import ApiError, ErrorBody, add_error_handlers
 from leapasr.serving.form import TranscriptionForm, receive_form
 from leapasr.serving.limits import check_key, deadline
@@ -31,7 +32,6 @@ TRANSCRIPTION_FORMATS = {
     "application/json": {"schema": {"type": "object", "required": ["text"]}},
     **{media_type: {} for media_type in ("text/plain", *MEDIA_TYPES.values(), "text/event-stream")},
 }
-TRANSCRIPTION_ERRORS = (400, 401, 404, 408, 413, 415, 429, 500, 504)
 
 
 def build_app(service: Service, *, api_key: str | None) -> FastAPI:
@@ -92,21 +92,19 @@ def build_app(service: Service, *, api_key: str | None) -> FastAPI:
     def model_card() -> dict[str, Any]:
         return {"id": service.name, "object": "model", "created": created, "owned_by": "leapasr"}
 
-    keyed = {"dependencies": [Depends(has_key)], "responses": {401: {"model": ErrorBody}}}
-
-    @app.get("/v1/models", **keyed)
+    @app.get("/v1/models", dependencies=[Depends(has_key)], responses=_errors(401))
     async def models() -> dict[str, Any]:
         """The model that is served."""
         return {"object": "list", "data": [model_card()]}
 
-    @app.get("/v1/models/{model:path}", **(keyed | {"responses": {code: {"model": ErrorBody} for code in (401, 404)}}))
+    @app.get("/v1/models/{model:path}", dependencies=[Depends(has_key)], responses=_errors(401, 404))
     async def model(model: str) -> dict[str, Any]:
         """The model of this name."""
         if model != service.name:
             raise _unknown_model(model, service)
         return model_card()
 
-    @app.get("/health", responses={503: {"model": ErrorBody}})
+    @app.get("/health", responses=_errors(503))
     async def health() -> dict[str, str]:
         """Whether requests can be served, and by which model."""
         if not service.is_ready:
@@ -131,10 +129,14 @@ def _documented() -> dict[str, Any]:
     schema = TranscriptionForm.model_json_schema(by_alias=True)
     return {
         "response_class": Response,
-        "responses": {200: {"description": "The transcription.", "content": TRANSCRIPTION_FORMATS}}
-        | {code: {"model": ErrorBody} for code in TRANSCRIPTION_ERRORS},
+        "responses": _errors(400, 401, 404, 408, 413, 415, 429, 500, 504)
+        | {200: {"description": "The transcription.", "content": TRANSCRIPTION_FORMATS}},
         "openapi_extra": {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}}}},
     }
+
+
+def _errors(*codes: int) -> dict[int | str, dict[str, Any]]:
+    return {code: {"model": ErrorBody} for code in codes}
 
 
 def _unknown_model(name: str | None, service: Service) -> ApiError:
@@ -151,7 +153,7 @@ async def _events(
     service: Service, recording: Recording, form: TranscriptionForm, until: float
 ) -> AsyncGenerator[str, None]:
     """A delta for each segment, then the whole; an error that comes now is an event, too."""
-    decoded = []
+    decoded: list[DecodedSegment] = []
     try:
         async for each in service.segments(recording, word_times=form.needs_word_times, until=until):
             has_text = any(earlier.segment.text for earlier in decoded)

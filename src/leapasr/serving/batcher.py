@@ -145,7 +145,7 @@ class Batcher:
         with self._changed:
             while not (self._jobs or num_running or self._is_closing):
                 self._changed.wait()
-            chunks = []
+            chunks: list[Chunk[_Job]] = []
             if num_running <= self.batch_size // 2:
                 while self._jobs and num_running + len(chunks) < self.batch_size:
                     job = self._jobs.popleft()

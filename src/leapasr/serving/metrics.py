@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -24,7 +25,7 @@ class Metrics:
 
     def __init__(self, *, num_requests: Callable[[], int], num_chunks: Callable[[], int]):
         self._registry = CollectorRegistry()
-        own = {"namespace": "leapasr", "registry": self._registry}
+        own: dict[str, Any] = {"namespace": "leapasr", "registry": self._registry}
         self.responses = Counter("responses", "Responses of the API by status.", ["status"], **own)
         self.latency = Histogram(
             "request_seconds", "From a transcription's request to its end.", buckets=SECONDS, **own

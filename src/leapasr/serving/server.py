@@ -48,9 +48,12 @@ def serve(
 
     Raises:
         ValueError: `batch_size` is less than 1.
-        SystemExit: the address cannot be used.
+        OSError: the address cannot be used.
     """
     service = Service(transcriber, name=name, options=DEFAULT_OPTIONS, batch_size=batch_size, limits=limits)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)  # uvicorn stops in good order, then raises what it caught once more
-    uvicorn.run(build_app(service, api_key=api_key), host=host, port=port)
+    try:
+        uvicorn.run(build_app(service, api_key=api_key), host=host, port=port)
+    except SystemExit as error:
+        raise OSError(f"the server did not start at {host}, port {port}: the lines above say why") from error
