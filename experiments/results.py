@@ -10,21 +10,17 @@ of the prose, a sentence a line:
     leapasr synthesize text --output FOLDER --hours 0.6 --seed 7
     head -400 FOLDER/manifest.jsonl > FOLDER/test.jsonl
 
-Words are counted on each whole set. Times are taken on utterances spread evenly over one set, at batch 1
-and 8, every system in turn, several rounds; medians and ranges are given.
+How long it all takes is `leapasr bench`'s to tell.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from lhotse.cut import Cut
 
 from leapasr.data.manifests import read_manifest, spread
 from leapasr.decoding import DecodingOptions
@@ -32,7 +28,7 @@ from leapasr.evaluation.evaluate import Report, Strategy, evaluate
 from leapasr.evaluation.peers import FasterWhisper
 from leapasr.evaluation.scoring import count_errors, word_error_rate, word_error_rate_difference
 from leapasr.text import NORMALIZER, PLAIN
-from leapasr.transcriber import Transcriber, load
+from leapasr.transcriber import load
 
 STRATEGIES: dict[str, Strategy] = {
     "ctc": "ctc",
@@ -103,40 +99,6 @@ def peer_table(ours: Report, peers: dict[str, list[str]], compared: Sequence[int
     return lines, figures
 
 
-def measure_times(
-    transcriber: Transcriber,
-    cuts: Sequence[Cut],
-    strategies: Mapping[str, Strategy],
-    peers: Sequence[FasterWhisper] = (),
-    *,
-    rounds: int,
-) -> dict[str, list[float]]:
-    """Seconds of every system on `cuts`, a list of `rounds` values each, the systems taking turns."""
-    samples = [cut.load_audio()[0] for cut in cuts]
-    seconds: dict[str, list[float]] = {}
-    for _ in range(rounds):
-        for batch_size in (1, 8):
-            reports = evaluate(transcriber, cuts, list(strategies.values()), batch_size=batch_size)
-            for name, report in zip(strategies, reports, strict=True):
-                seconds.setdefault(f"leapasr {name}, batch {batch_size}", []).append(report.seconds)
-        for peer in peers:
-            start = time.perf_counter()
-            peer.transcribe(samples)
-            name = f"faster-whisper {peer.name} int8 greedy, batch 1"
-            seconds.setdefault(name, []).append(time.perf_counter() - start)
-    return seconds
-
-
-def time_table(seconds: dict[str, list[float]], audio_seconds: float) -> tuple[list[str], list[dict]]:
-    """Markdown and figures of what `measure_times` gave."""
-    lines, figures = ["| system | RTFx, median (range) |", "| --- | --- |"], []
-    for name, values in seconds.items():
-        rates = sorted(audio_seconds / value for value in values)
-        lines.append(f"| {name} | {statistics.median(rates):.1f} ({rates[0]:.1f} to {rates[-1]:.1f}) |")
-        figures.append({"timing": name, "audio_seconds": audio_seconds, "seconds": values})
-    return lines, figures
-
-
 def write(page: Sequence[str], figures: Sequence[dict], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "results.md").write_text("\n".join(page) + "\n")
@@ -153,8 +115,6 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=16, help="for the words; calls do not depend on it, except "
                         "where drafts are cut by what calls cost")  # fmt: skip
     parser.add_argument("--peer-limit", type=int, default=300, help="so many utterances a set for the peers")
-    parser.add_argument("--timed", type=int, default=100, help="utterances of the first set that times are taken on")
-    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--output", type=Path, default=Path("docs"))
     arguments = parser.parse_args()
 
@@ -168,7 +128,8 @@ def main() -> None:
         "apostrophes. What the figures mean: `leapasr.evaluation.evaluate`. All rows of a set are of one run, "
         f"float32, batch {arguments.batch_size}, {torch.get_num_threads()} CPU threads. *full* drafts are all that CTC "
         "read; without the word they are cut where a wider call is not worth it, so that their calls depend on the "
-        "machine. The synthetic set is sentences of test-clean's transcripts in synthetic voices.",
+        "machine. The synthetic set is sentences of test-clean's transcripts in synthetic voices. Times: "
+        "[performance.md](performance.md).",
     ]  # fmt: skip
     for name, (manifest, use) in sets.items():
         cuts = list(read_manifest(manifest, use=use, limit=arguments.limit).cuts)
@@ -187,22 +148,6 @@ def main() -> None:
             page += lines
             figures += rates
         write(page, figures, arguments.output)
-    first_manifest, first_use = next(iter(sets.values()))
-    timed = list(read_manifest(first_manifest, use=first_use, limit=arguments.timed).cuts)
-    audio_seconds = sum(cut.duration for cut in timed)
-    page += [
-        "",
-        f"## Speed: {len(timed)} utterances of {next(iter(sets))}, {audio_seconds:.0f} s of audio",
-        "",
-        f"Features, encoder and decoding; {arguments.rounds} rounds, the systems taking turns in one process.",
-        "",
-    ]
-    lines, times = time_table(
-        measure_times(transcriber, timed, STRATEGIES, peers, rounds=arguments.rounds), audio_seconds
-    )
-    page += lines
-    figures += times
-    write(page, figures, arguments.output)
     print("\n".join(page))
 
 

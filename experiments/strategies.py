@@ -13,7 +13,8 @@ import argparse
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from itertools import cycle
 from pathlib import Path
 
 import kaldialign
@@ -22,20 +23,22 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
-from results import accuracy_table, measure_times, test_sets, time_table
+from results import accuracy_table, test_sets
 
 from leapasr.chunks import by_length
 from leapasr.data.manifests import read_manifest
 from leapasr.decoding import DecodingOptions
 from leapasr.decoding.batch import build_loop
 from leapasr.decoding.trace import DraftToken
+from leapasr.evaluation.bench import BenchRow, bench, read_utterances
 from leapasr.evaluation.evaluate import Report, Strategy, evaluate
+from leapasr.evaluation.systems import Generate, Leapasr
 from leapasr.text import NORMALIZER
 from leapasr.transcriber import Transcriber, load
 
 MTP = DecodingOptions(strategy="verify", drafts="mtp")
-TIMED = ("ctc", "autoregressive", "verify mtp", "verify ctc full", "verify both full", "verify both",
-         "relaxed both 0.3", "threshold 0.9", "threshold 0.5",
+TIMED = ("autoregressive", "verify mtp", "verify ctc full", "verify both full", "verify both",
+         "relaxed both 0.3", "threshold 0.9", "threshold 0.7", "threshold 0.5",
          "beam 4 mtp", "beam 4 both full", "beam 4 both", "beam 4 threshold 0.9")  # fmt: skip
 CURVES = {"threshold": "threshold τ", "relaxed both": "relaxed, heads and CTC", "relaxed mtp": "relaxed, heads alone",
           "verify mtp": "verify, heads alone, by K", "verify both full": "verify, heads and CTC, by K"}  # fmt: skip
@@ -210,6 +213,21 @@ def draw(reports: Mapping[str, Report], path: Path) -> None:
     figure.savefig(path, dpi=90)
 
 
+def time_table(rows: Sequence[BenchRow], names: Sequence[str]) -> list[str]:
+    """Markdown of times; `rows` go through `names` again for each batch size."""
+    lines = [
+        "| | batch | RTFx, all of it (range) | decoder s | against autoregressive |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for name, row in zip(cycle(names), rows, strict=False):
+        low, high = row.audio_seconds / row.seconds_high, row.audio_seconds / row.seconds_low
+        lines.append(
+            f"| {name} | {row.batch_size} | {row.rtfx:.1f} ({low:.1f} to {high:.1f}) | {row.decoder_seconds:.2f} "
+            f"| {row.speedup_vs_autoregressive:.2f}x |"
+        )
+    return lines
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="folder or hub name; the shipped model without it")
@@ -217,7 +235,7 @@ def main() -> None:
     parser.add_argument("--synthetic", type=Path, help="manifest of synthetic speech that was not trained on")
     parser.add_argument("--limit", type=int, default=200, help="so many utterances a set")
     parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--timed", type=int, default=24, help="utterances of the first set that times are taken on")
+    parser.add_argument("--timed", type=int, default=12, help="utterances of the first set that times are taken on")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--output", type=Path, default=Path("docs"))
     arguments = parser.parse_args()
@@ -250,20 +268,21 @@ def main() -> None:
             draw(reports, arguments.output / "strategies.png")
             page += ["", "![WER against call reduction, and tokens a step](strategies.png)"]
         (arguments.output / "strategies.md").write_text("\n".join(page) + "\n")
-    manifest, use = next(iter(sets.values()))
-    timed = list(read_manifest(manifest, use=use, limit=arguments.timed).cuts)
-    seconds = measure_times(transcriber, timed, {name: chosen[name] for name in TIMED}, rounds=arguments.rounds)
-    lines, times = time_table(seconds, sum(cut.duration for cut in timed))
+    first, (manifest, use) = next(iter(sets.items()))
+    utterances = read_utterances([manifest], use=use, limit=arguments.timed)
+    systems = [Generate(transcriber), *(Leapasr(transcriber, chosen[name]) for name in TIMED)]
+    rows = bench(transcriber, systems, utterances, batch_sizes=(1, 8), rounds=arguments.rounds)
     page += [
         "",
-        f"## Time: {len(timed)} utterances of {next(iter(sets))}",
+        f"## Time: {len(utterances.samples)} utterances of {first}",
         "",
-        f"Features, encoder and decoding; {arguments.rounds} rounds, the strategies taking turns in one process.",
+        f"Features, encoder and decoding; {arguments.rounds} rounds, all taking turns in one process; medians. Decoder "
+        "times include all that is around it; *against autoregressive* is theirs divided by this one's.",
         "",
-        *lines,
+        *time_table(rows, ["transformers' generate", *TIMED]),
     ]
     (arguments.output / "strategies.md").write_text("\n".join(page) + "\n")
-    (arguments.output / "strategies.json").write_text(json.dumps(figures + times, indent=1) + "\n")
+    (arguments.output / "strategies.json").write_text(json.dumps([*figures, *map(asdict, rows)], indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
 import io
+import tracemalloc
 
 import av
 import numpy as np
@@ -7,7 +8,16 @@ import soundfile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from leapasr.audio import SAMPLE_RATE, AudioError, cut_at_silences, is_silent, read_audio, resample
+from leapasr.audio import (
+    SAMPLE_RATE,
+    AudioError,
+    cut_at_silences,
+    declared_seconds,
+    is_silent,
+    read_audio,
+    read_blocks,
+    resample,
+)
 
 
 def tone(seconds: float, *, rate: int, frequency: float = 440.0) -> np.ndarray:
@@ -180,6 +190,28 @@ def test_truncated_file_warns_and_gives_what_there_is(tmp_path, name, codec):
 def test_undamaged_files_do_not_warn(tmp_path, name, codec):
     encode(tmp_path / name, tone(3, rate=16_000), rate=16_000, codec=codec)
     assert_same_tone(read_audio(tmp_path / name), seconds=3)
+
+
+def test_blocks_are_read_as_they_are_asked_for(tmp_path):
+    rate = 44_100
+    encode(tmp_path / "a.flac", tone(30, rate=rate), rate=rate, codec="flac")
+    expected, blocks = read_audio(tmp_path / "a.flac"), read_blocks(tmp_path / "a.flac")
+    tracemalloc.start()
+    first = next(blocks)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < expected.nbytes / 4
+    rest = list(blocks)
+    assert len(rest) >= 28
+    assert np.array_equal(np.concatenate([first, *rest]), expected)
+
+
+def test_seconds_by_the_header(tmp_path):
+    encode(tmp_path / "a.flac", tone(3, rate=16_000), rate=16_000, codec="flac")
+    (tmp_path / "b.txt").write_text("no audio")
+    assert declared_seconds(tmp_path / "a.flac") == pytest.approx(3, abs=0.1)
+    assert declared_seconds(tmp_path / "b.txt") is None
+    assert declared_seconds(tmp_path / "missing.wav") is None
 
 
 @settings(max_examples=60, deadline=None)

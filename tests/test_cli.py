@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.resources
 import json
+import os
 import re
 import shutil
 import tracemalloc
@@ -179,6 +180,171 @@ def test_several_files_and_folders(run, transcriber, recordings, tmp_path):
     assert (tmp_path / "out" / "deep" / "b.txt").read_text() == f"{texts['deep/b.wav']}\n"
 
 
+def test_all_formats_and_whispers_spelling_of_options(run, recordings, tmp_path):
+    assert run("transcribe", recordings, "-f", "all", "-o", tmp_path / "out").exit_code == 0
+    written = sorted(
+        str(file.relative_to(tmp_path / "out")) for file in (tmp_path / "out").rglob("*") if file.is_file()
+    )
+    suffixes = ("json", "srt", "tsv", "txt", "vtt")
+    assert written == [f"{name}.{suffix}" for name in ("a", "deep/b") for suffix in suffixes]
+    for suffix in suffixes:
+        single = run("transcribe", recordings / "a.flac", "--output_format", suffix).stdout
+        together = (tmp_path / "out" / f"a.{suffix}").read_text()
+        if suffix == "json":  # probabilities differ a little by what else is in the batch
+            single, together = json.loads(single)["text"], json.loads(together)["text"]
+        assert single == together != ""
+    assert run("transcribe", recordings / "a.flac", "--format", "tsv").stdout.startswith("start\tend\ttext\n")
+
+
+def test_a_folder_goes_on_where_it_stopped(run, recordings, tmp_path):
+    folder, out = tmp_path / "talks", tmp_path / "out"
+    shutil.copytree(recordings, folder)
+    shutil.move(folder / "a.flac", tmp_path)
+    assert run("transcribe", folder, "-o", out, "-f", "all").exit_code == 0
+    (out / "deep" / "b.txt").write_text("Kept.\n")
+    shutil.move(tmp_path / "a.flac", folder)  # a file that came later does not move the others' transcripts
+    result = run("transcribe", folder, "-o", out, "-f", "all")
+    assert (result.exit_code, complaints(result)) == (
+        0,
+        [f"1 of 2 files skipped, transcribed before: {folder / 'deep' / 'b.wav'}"],
+    )
+    assert re.search(r"1 file, 2\.5 s of audio in .*; 1 skipped", result.stderr)
+    assert (out / "deep" / "b.txt").read_text() == "Kept.\n"
+    (out / "a.vtt").unlink()
+    assert "1 file, 2.5 s" in run("transcribe", folder, "-o", out, "-f", "all").stderr  # one of its outputs is missing
+    assert "0 files, 0.0 s" in run("transcribe", folder, "-o", out, "-f", "all").stderr
+    later = (out / "deep" / "b.txt").stat().st_mtime + 5
+    os.utime(folder / "deep" / "b.wav", (later, later))  # another recording under the same name
+    assert "1 file, 1.0 s" in run("transcribe", folder, "-o", out, "-f", "all").stderr
+    assert (out / "deep" / "b.txt").read_text() != "Kept.\n"
+    again = run("transcribe", folder, "-o", out, "--overwrite")
+    assert ("2 files, 3.5 s" in again.stderr, complaints(again)) == (True, [])
+
+
+def test_half_written_transcripts_do_not_count(run, recordings, tmp_path, full_disk):
+    with full_disk(10):
+        result = run("transcribe", recordings / "a.flac", "-f", "json", "-o", tmp_path)
+    assert result.exit_code == 1
+    assert "File too large" in complaints(result)[-1]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_globs(run, transcriber, recordings):
+    text = transcriber.transcribe(recordings / "deep" / "b.wav").text
+    assert run("transcribe", recordings / "*" / "*.wav").stdout == f"{text}\n"
+    assert run("transcribe", recordings / "**" / "b.*").stdout == f"{text}\n"
+    nothing = run("transcribe", recordings / "*.mp3")
+    assert (nothing.exit_code, complaints(nothing)) == (2, [f"no file matches {recordings / '*.mp3'}"])
+
+
+def test_a_file_named_like_a_glob_is_that_file(run, recordings, tmp_path):
+    shutil.copy(recordings / "deep" / "b.wav", tmp_path / "b[1].wav")
+    shutil.copy(recordings / "a.flac", tmp_path / "b1.wav")
+    assert "1 file, 1.0 s" in run("transcribe", tmp_path / "b[1].wav").stderr
+
+
+def test_files_outside_the_working_folder_are_written_inside_the_output_folder(run, recordings, tmp_path, monkeypatch):
+    monkeypatch.chdir(recordings / "deep")
+    assert run("transcribe", "b.wav", Path("..") / "a.flac", "-o", tmp_path / "out").exit_code == 0
+    assert sorted(file.name for file in (tmp_path / "out").rglob("*.txt")) == ["a.txt", "b.txt"]
+
+
+def test_standard_input(tiny_model_folder, transcriber, recordings, tmp_path):
+    def piped(content: bytes, *arguments: object):
+        model = ["--model", str(tiny_model_folder), "--device", "cpu"]
+        return CliRunner().invoke(app, ["transcribe", "-", *map(str, arguments), *model], input=content)
+
+    content, other = (recordings / "a.flac").read_bytes(), (recordings / "deep" / "b.wav").read_bytes()
+    text, other_text = (transcriber.transcribe(each).text for each in (content, other))
+    assert piped(content).stdout == f"{text}\n"
+    assert piped(content, recordings / "deep" / "b.wav").stdout.startswith(f"-: {text}\n{recordings}")
+    for each, expected in ((content, text), (other, other_text)):  # what was piped before is not known: never skipped
+        assert piped(each, "-o", tmp_path).exit_code == 0
+        assert (tmp_path / "stdin.txt").read_text() == f"{expected}\n"
+    bad = piped(b"")
+    assert bad.exit_code == 1
+    assert "standard input: the audio file object cannot be read as audio" in complaints(bad)[0]
+
+
+def test_clips(run, transcriber, recordings):
+    def said(clips: str):
+        return json.loads(run("transcribe", recordings / "a.flac", "-f", "json", "--clip-timestamps", clips).stdout)
+
+    samples = read_audio(recordings / "a.flac")
+    parts = [(0.25, 1.0), (1.5, 2.5)]
+    alone = [transcriber.transcribe(samples[int(a * SAMPLE_RATE) : int(b * SAMPLE_RATE)]) for a, b in parts]
+    for clips in ("0.25,1,1.5", "0.25,1,1.5,99"):
+        found = said(clips)
+        assert [segment["tokens"] for segment in found["segments"]] == [each.tokens for each in alone]
+        assert [(segment["start"], segment["end"]) for segment in found["segments"]] == parts
+        assert found["audio_seconds"] == 1.75
+    late = run("transcribe", recordings / "a.flac", "--clip-timestamps", "0,1,9")
+    message = f"{recordings / 'a.flac'} is 2.50 s long: no clip can begin at 9 s"
+    assert (late.exit_code, complaints(late)) == (1, [message])
+
+
+def test_language(run, tiny_model_folder, recordings, tmp_path):
+    folder = shutil.copytree(tiny_model_folder, tmp_path / "model")
+    (folder / "README.md").write_text("---\nlanguage: en\n---\n")
+
+    def asked(language: str, model: Path = folder):
+        arguments = ["transcribe", str(recordings / "a.flac"), "-f", "json", "--language", language]
+        return CliRunner().invoke(app, [*arguments, "--model", str(model), "--device", "cpu"])
+
+    for language in ("en", "English"):
+        assert json.loads(asked(language).stdout)["language"] == "en"
+    refused = asked("German")
+    assert (refused.exit_code, refused.stdout) == (2, "")
+    assert complaints(refused) == ["language 'German' asked for, but the model writes 'en' alone"]
+    assert "does not let one choose" in complaints(asked("en", tiny_model_folder))[0]
+    assert json.loads(run("transcribe", recordings / "a.flac", "-f", "json").stdout)["language"] is None
+
+
+def test_word_times_can_be_left_out(run, recordings):
+    arguments = ["transcribe", recordings / "a.flac", "-f", "json"]
+    segments = json.loads(run(*arguments, "--no-word-timestamps").stdout)["segments"]
+    assert [segment["words"] for segment in segments] == [[]] * len(segments)
+    assert run(*arguments, "--word-timestamps").stdout == run(*arguments).stdout
+
+
+def test_lines_of_subtitles():
+    sample = str(importlib.resources.files("leapasr") / "samples" / "austen-0870.flac")
+
+    def subtitles(*arguments: str) -> list[str]:
+        result = CliRunner().invoke(app, ["transcribe", sample, "-f", "srt", "--draft-length", "full", *arguments])
+        return [block.split("\n", 2)[2].strip() for block in result.stdout.split("\n\n")]
+
+    wide, narrow = subtitles(), subtitles("--max-line-width", "20", "--max-line-count", "1")
+    assert " ".join(wide).split() == " ".join(narrow).split()
+    assert max(len(line) for text in wide for line in text.splitlines()) in range(21, 43)
+    assert max(map(len, narrow)) <= 20
+    assert not any("\n" in text for text in narrow)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--initial-prompt", "Hello"], "initial prompt 'Hello' given, but the model takes none"),
+        (["--clip-timestamps", "1,x"], "clips are START,END,START,END,... in seconds, got '1,x'"),
+        (["--clip-timestamps", "3,2"], "one behind the other, got 3 to 2 s"),
+        (["--clip-timestamps", "0,2,1,3"], "one behind the other, got 1 to 3 s behind 2 s"),
+        (["--clip-timestamps", "nan"], "one behind the other, got nan to inf s"),
+        (["--clip-timestamps", "-1,3"], "one behind the other, got -1 to 3 s"),
+        (["--word-timestamps"], "format 'txt' has no place for the times of words"),
+        (["--max-line-width", "20"], "max_line_width are for subtitles, not for format 'txt'"),
+        (["-f", "srt", "--max-line-count", "0"], "max_line_count must be at least 1, got 0"),
+        (["-f", "srt", "--max-line-count", "1", "--no-word-timestamps"], "max_line_count need the times of words"),
+        (["-f", "all"], "5 formats do not fit one stream: give an output folder"),
+        (["-f", "all", "--explain", "-o", "out"], "not for format 'all'"),
+    ],
+)
+def test_requests_that_cannot_be_met(run, recordings, arguments, message):
+    result = run("transcribe", recordings / "a.flac", *arguments)
+    assert (result.exit_code, result.stdout) == (2, "")
+    (complaint,) = complaints(result)
+    assert message in complaint
+
+
 def test_files_of_one_name_do_not_overwrite_each_other(run, recordings, tmp_path):
     shutil.copy(recordings / "a.flac", tmp_path / "a.flac")
     shutil.copy(recordings / "deep" / "b.wav", tmp_path / "a.wav")
@@ -296,7 +462,7 @@ def test_wrong_options(tiny_model_folder, recordings, manifest, command, argumen
     [
         ["transcribe"],
         ["transcribe", "a.wav", "--strategy", "wave"],
-        ["transcribe", "a.wav", "--format", "doc"],
+        ["transcribe", "a.wav", "--output-format", "doc"],
         ["transcribe", "a.wav", "--batch-size", "0"],
         ["transcribe", "a.wav", "--dtype", "int4"],
         ["evaluate", "a.jsonl", "--limit", "0"],
@@ -312,7 +478,7 @@ def test_places_that_cannot_take_transcripts(run, recordings, tmp_path):
     result = run("transcribe", recordings, "--format", "srt")
     assert (result.exit_code, complaints(result)) == (
         2,
-        ["2 files do not fit one stream of srt subtitles: give an output folder"],
+        ["2 files do not fit one stream of srt: give an output folder"],
     )
     (tmp_path / "file").touch()
     result = run("transcribe", recordings, "--output-dir", tmp_path / "file")

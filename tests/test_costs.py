@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from test_decoding import MAX_TOKENS, VERIFY, make_prompts, outcomes, scripted
 
 from leapasr.decoding import DecodingOptions, SpeechLlamaDecoder, decode
-from leapasr.decoding.costs import FREE, CallCosts, known_costs, measure_costs, num_worth_drafting
+from leapasr.decoding.costs import FREE, CallCosts, measure_costs, num_worth_drafting, tune
 from leapasr.decoding.reference import beam_reference, decode_reference
 
 COSTS = CallCosts((1, 4), (1, 2, 10), ((1.0, 2.0, 4.0), (3.0, 6.0, 12.0)))
@@ -64,12 +64,16 @@ def test_costs_change_calls_and_no_token(decoder, costs):
 def test_costs_change_a_beams_calls_and_no_hypothesis(decoder, costs, num_rows):
     prompts, bounds = make_prompts(num_rows), [MAX_TOKENS] * num_rows
     options = DecodingOptions(strategy="beam", beam_size=3, nbest=3, drafts="mtp", max_repeats=4)
+    greedy = decode_reference(decoder, prompts, VERIFY, max_tokens=bounds)
     expected = beam_reference(decoder, prompts, options, max_tokens=bounds)
-    free, weighed = (decode(decoder, prompts, options, max_tokens=bounds, costs=each) for each in (FREE, costs))
-    for result, hypotheses in zip(weighed, expected, strict=True):
-        assert [each.tokens for each in result.hypotheses] == [each.tokens for each in hypotheses]
-    if costs is STEEP:
-        assert sum(result.num_calls for result in free) < sum(result.num_calls for result in weighed)
+    calls = {}
+    for each in (FREE, costs):
+        drafters = scripted(greedy, "right", 9)
+        results = decode(decoder, prompts, options, max_tokens=bounds, drafters=drafters, costs=each)
+        calls[each] = sum(result.num_calls for result in results)
+        for result, hypotheses in zip(results, expected, strict=True):
+            assert [hypothesis.tokens for hypothesis in result.hypotheses] == [each.tokens for each in hypotheses]
+    assert calls[FREE] < calls[costs] if costs is STEEP else calls[FREE] <= calls[costs]
 
 
 def test_relaxed_verification_checks_all_that_is_drafted(decoder):
@@ -94,22 +98,22 @@ def test_measured_costs_rise(decoder):
 
 def test_costs_are_measured_once(decoder, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    first = known_costs(decoder, "a")
+    first = tune(decoder, "a")
     (path,) = tmp_path.rglob("*.json")
-    assert known_costs(decoder, "a") == first
+    assert tune(decoder, "a") == first
     written = json.loads(path.read_text())
     written["seconds"][0][0] = 0.0
     path.write_text(json.dumps(written))
-    assert known_costs(decoder, "a").seconds[0][0] == 0.0
-    known_costs(decoder, "another model")
+    assert tune(decoder, "a").seconds[0][0] == 0.0
+    tune(decoder, "another model")
     assert len(list(tmp_path.rglob("*.json"))) == 2
     for damaged in ("", "[]", '{"num_rows": 3}'):
         path.write_text(damaged)
-        assert known_costs(decoder, "a").seconds[0][0] > 0
+        assert tune(decoder, "a").seconds[0][0] > 0
         assert json.loads(path.read_text())["num_rows"] == list(first.num_rows)
 
 
 def test_costs_that_cannot_be_kept_are_measured_all_the_same(decoder, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert known_costs(decoder, "a").seconds[0][0] > 0
+    assert tune(decoder, "a").seconds[0][0] > 0

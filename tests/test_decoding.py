@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, MistralConfig, Qwen3Config
 
 from leapasr.decoding import CausalLMDecoder, DecodingLoop, DecodingOptions, Prompts, SpeechLlamaDecoder, decode
+from leapasr.decoding.costs import NUM_MISTAKES
 from leapasr.decoding.drafts import CTCDrafter, Reading, build_drafter
 from leapasr.decoding.guards import guard_rows
-from leapasr.decoding.loop import MOST_MISTAKES
 from leapasr.decoding.reference import decode_reference, full_forward
 from leapasr.decoding.strategies import Threshold, Verification
 from leapasr.decoding.trace import DraftToken, accept_length_histogram, accept_lengths
@@ -361,7 +361,7 @@ def test_heads_are_heard_at_mistakes_and_behind_the_draft_as_in_a_full_forward(b
         for num_emitted, proposed, verdicts, _, further in drafter.reviews:
             draft, before = [token.token for token in proposed][: len(verdicts)], drafter.script[:num_emitted]
             mistakes = [place for place, verdict in enumerate(verdicts) if verdict.token != draft[place]]
-            for place in mistakes[:MOST_MISTAKES]:
+            for place in mistakes[:NUM_MISTAKES]:
                 probabilities, ids = heard(row, before + draft[:place], 1)
                 following = verdicts[place].following
                 assert (following.token, following.source) == (int(ids[0]), "head2")
@@ -539,9 +539,9 @@ class CountingDecoder(CausalLMDecoder):
         super().__init__(model.decoder, model.mtp_heads)
         self.calls = []
 
-    def call(self, embeddings_BWD, positions_BW, mask_B1WS, cache):
+    def call(self, embeddings_BWD, positions_BW, mask_B1WS, cache, *, drafting=True):
         self.calls.append(tuple(embeddings_BWD.shape[:2]))
-        return super().call(embeddings_BWD, positions_BW, mask_B1WS, cache)
+        return super().call(embeddings_BWD, positions_BW, mask_B1WS, cache, drafting=drafting)
 
 
 @pytest.mark.parametrize("num_drafts", [1, 3, 5, 40])

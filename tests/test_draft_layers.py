@@ -134,3 +134,17 @@ def test_they_come_and_go(model):
 def test_numbers_that_cannot_be(fields):
     with pytest.raises(ValueError, match=r"draft_layers must be from 0 to the decoder's 2 layers.*got"):
         tiny_config(**fields)
+
+
+def test_who_asks_no_further_head_does_without_them(model, monkeypatch):
+    _, prompts = speech(model)
+    calls = []
+    inner = model.draft_layers.forward
+    monkeypatch.setattr(model.draft_layers, "forward", lambda *args, **given: calls.append(1) or inner(*args, **given))
+    for strategy, drafts in (("autoregressive", None), ("verify", "mtp"), ("beam", "mtp")):
+        options = DecodingOptions(strategy=strategy, drafts=drafts, max_tokens=24)
+        decode(SpeechLlamaDecoder(model), prompts, options)
+        assert bool(calls) == (strategy != "autoregressive")
+        calls.clear()
+    decode(SpeechLlamaDecoder(model), prompts, DecodingOptions(strategy="beam", drafts="mtp", num_heads=1))
+    assert not calls

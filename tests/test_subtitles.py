@@ -3,7 +3,7 @@ import json
 import pytest
 
 from leapasr.decoding.trace import DraftToken, TokenRecord
-from leapasr.subtitles import HOLD_SECONDS, MAX_CUE_CHARACTERS, MAX_CUE_SECONDS, Cue, cues, render
+from leapasr.subtitles import HOLD_SECONDS, MAX_CUE_SECONDS, Cue, Layout, cues, render
 from leapasr.transcription import Segment, Transcription, Word, word_spans
 
 
@@ -35,14 +35,42 @@ def test_sentences_become_cues():
     assert found == [Cue(10.0, 11.0, "Hello there."), Cue(11.0, 12.5 + HOLD_SECONDS, "Who is it?")]
 
 
+def test_titles_do_not_end_cues():
+    said = transcription(segment(0, 4, "", spoken("And Mr. J. Dashwood had. Then what? Oh! so")))
+    assert [cue.text for cue in cues(said)] == ["And Mr. J. Dashwood had.", "Then what?", "Oh!", "so"]
+
+
 def test_pauses_and_limits_end_cues():
     words = [*spoken("so it is"), *spoken("after all", start=4.0)]
     assert [cue.text for cue in cues(transcription(segment(0, 5, "", words)))] == ["so it is", "after all"]
     long = cues(transcription(segment(0, 40, "", spoken("antidisestablishment " * 40))))
-    assert all(len(cue.text) <= MAX_CUE_CHARACTERS for cue in long)
+    assert {cue.text.count("\n") for cue in long[:-1]} == {1}
+    assert all(len(line) <= 42 for cue in long for line in cue.text.split("\n"))
+    assert " ".join(cue.text for cue in long).split() == ["antidisestablishment"] * 40
     slow = cues(transcription(segment(0, 40, "", spoken("a " * 40, seconds=1.0))))
     assert all(cue.end - cue.start <= MAX_CUE_SECONDS + HOLD_SECONDS for cue in slow)
     assert " ".join(cue.text for cue in slow).split() == ["a"] * 40
+
+
+@pytest.mark.parametrize(
+    ("layout", "expected"),
+    [
+        (Layout(9, 1), ["one two", "three", "four-five", "six"]),
+        (Layout(9, 2), ["one two\nthree", "four-five\nsix"]),
+        (Layout(4, 3), ["one\ntwo\nthree", "four-five\nsix"]),
+        (Layout(80, 1), ["one two three four-five six"]),
+    ],
+)
+def test_lines(layout, expected):
+    said = transcription(segment(0, 2.5, "", spoken("one two three four-five six")))
+    assert [cue.text for cue in cues(said, layout)] == expected
+
+
+@pytest.mark.parametrize("fields", [{"max_line_width": 0}, {"max_line_count": -1}])
+def test_bad_layouts(fields):
+    ((name, value),) = fields.items()
+    with pytest.raises(ValueError, match=f"{name} must be at least 1, got {value}"):
+        Layout(**fields)
 
 
 def test_a_cue_ends_with_the_recording():
@@ -60,6 +88,7 @@ def test_segments_without_word_times_are_cues():
         ("txt", "One. Two.\n"),
         ("srt", "1\n00:00:00,000 --> 00:00:01,250\nOne.\n\n2\n00:00:02,000 --> 01:01:02,000\nTwo.\n"),
         ("vtt", "WEBVTT\n\n00:00:00.000 --> 00:00:01.250\nOne.\n\n00:00:02.000 --> 01:01:02.000\nTwo.\n"),
+        ("tsv", "start\tend\ttext\n0\t750\tOne.\n2000\t3661500\tTwo.\n"),
     ],
 )
 def test_written(name, expected):
@@ -67,15 +96,29 @@ def test_written(name, expected):
     assert render(said, name, audio="a.wav") == expected
 
 
-@pytest.mark.parametrize(("name", "expected"), [("txt", "\n"), ("srt", ""), ("vtt", "WEBVTT\n")])
+@pytest.mark.parametrize(
+    ("name", "expected"), [("txt", "\n"), ("srt", ""), ("vtt", "WEBVTT\n"), ("tsv", "start\tend\ttext\n")]
+)
 def test_nothing_said(name, expected):
     assert render(transcription(), name, audio="a.wav") == expected
+
+
+def test_markup_is_escaped_where_it_is_markup():
+    said = transcription(segment(0, 1, "a < b & c --> d"))
+    assert "a &lt; b &amp; c --&gt; d" in render(said, "vtt", audio="a.wav")
+    assert "a < b & c --> d" in render(said, "srt", audio="a.wav")
+
+
+def test_a_clip_far_into_a_recording_keeps_its_times():
+    said = transcription(segment(100, 101, "One.", spoken("One.", start=100.0)), audio_seconds=1.0)
+    assert cues(said) == [Cue(100.0, 101.0, "One.")]
 
 
 def test_json():
     text = render(transcription(segment(0, 1, "One.", [Word("One.", 0.12345, 0.5)])), "json", audio="a.wav")
     fields = json.loads(text)
     assert (fields["audio"], fields["text"], fields["audio_seconds"]) == ("a.wav", "One.", 4000)
+    assert fields["language"] is None
     assert fields["decoder_calls"] == fields["num_tokens"] == 1
     (only,) = fields["segments"]
     assert only["words"] == [{"text": "One.", "start": 0.123, "end": 0.5}]
@@ -83,5 +126,5 @@ def test_json():
 
 
 def test_unknown_format():
-    with pytest.raises(ValueError, match="unknown format 'doc': choose one of txt, json, srt, vtt"):
+    with pytest.raises(ValueError, match="unknown format 'doc': choose one of txt, vtt, srt, tsv, json"):
         render(transcription(), "doc", audio="a.wav")

@@ -1,3 +1,4 @@
+import importlib.resources
 import io
 import itertools
 import json
@@ -5,6 +6,9 @@ import operator
 import shutil
 import subprocess
 import sys
+import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
+from math import inf
 
 import numpy as np
 import pytest
@@ -13,12 +17,12 @@ import torch
 
 import leapasr
 from leapasr.audio import SAMPLE_RATE, AudioError
-from leapasr.chunks import SHORTEST_SECONDS, by_length, cut_recording, windows
+from leapasr.chunks import SHORTEST_SECONDS, by_length, clipped, cut_pieces, cut_recording, windows
 from leapasr.decoding import DecodingOptions, decode
 from leapasr.decoding.ctc import align_ctc, greedy_ctc
 from leapasr.decoding.guards import MAX_TOKENS_AT_LEAST, MAX_TOKENS_PER_SECOND
 from leapasr.transcriber import load
-from leapasr.transcription import timed_words, token_times
+from leapasr.transcription import LATENESS_SECONDS, TAIL_SECONDS, timed_words, token_times
 
 AUTOREGRESSIVE = DecodingOptions(strategy="autoregressive")
 
@@ -72,6 +76,15 @@ def test_tokens_that_do_not_fit_the_frames_have_no_alignment():
     assert align_ctc(log_probs, [], blank=0) == []
 
 
+def test_a_long_text_is_aligned():
+    """A chunk of 25 s has more tokens than a small integer counts."""
+    tokens = [1 + n % 3 for n in range(300)]
+    log_probs = torch.full((600, 4), -9.0)
+    log_probs[torch.arange(0, 600, 2), torch.tensor(tokens)] = 0
+    log_probs[1::2, 0] = 0
+    assert align_ctc(log_probs.log_softmax(-1), tokens, blank=0) == [(2 * n, 2 * n + 1) for n in range(300)]
+
+
 def test_chunks_hold_all_that_is_not_silent():
     samples = noise(5)
     chunks = cut_recording("a", samples, max_seconds=1.28)
@@ -84,6 +97,46 @@ def test_chunks_hold_all_that_is_not_silent():
     assert heard[-1].end == 5
     too_short = noise(SHORTEST_SECONDS)[:-1]
     assert cut_recording("a", too_short, max_seconds=1) == []
+
+
+@pytest.mark.parametrize("block_seconds", [0.01, 0.7, 3.1])
+@pytest.mark.parametrize("max_seconds", [0.5, 1.28, 25])
+def test_a_recording_read_in_blocks_is_cut_as_if_it_were_whole(block_seconds, max_seconds):
+    samples = noise(29.9)
+    samples[5 * SAMPLE_RATE : 9 * SAMPLE_RATE] = 0
+    size = int(block_seconds * SAMPLE_RATE)
+    pieces = [(first, samples[first : first + size]) for first in range(0, len(samples), size)]
+    chunks = list(cut_pieces("a", pieces, max_seconds=max_seconds))
+    whole = cut_recording("a", samples, max_seconds=max_seconds)
+    assert [(chunk.start, chunk.end) for chunk in chunks] == [(chunk.start, chunk.end) for chunk in whole]
+    for chunk, other in zip(chunks, whole, strict=True):
+        assert np.array_equal(chunk.samples, other.samples)
+
+
+def test_no_chunk_reaches_from_clip_to_clip():
+    samples = noise(3)
+    blocks = np.split(samples, range(7000, len(samples), 7000))
+    clips = [(0.5, 0.9), (0.9, 1.1), (2.0, inf)]
+    chunks = list(cut_pieces("a", clipped(blocks, clips, name="a"), max_seconds=25))
+    assert [(chunk.start, chunk.end) for chunk in chunks] == [(0.5, 1.1), (2.0, 3.0)]
+    for chunk in chunks:
+        first = int(chunk.start * SAMPLE_RATE)
+        assert np.array_equal(chunk.samples, samples[first : first + len(chunk.samples)])
+
+
+def test_what_lies_behind_the_last_clip_is_not_read():
+    def blocks():
+        yield noise(1)
+        pytest.fail("asked for more")
+
+    assert sum(len(samples) for _, samples in clipped(blocks(), [(0.2, 0.5)], name="a")) == 0.3 * SAMPLE_RATE
+    assert sum(len(samples) for _, samples in clipped(blocks(), [(0.2, 1.0)], name="a")) == 0.8 * SAMPLE_RATE
+
+
+@pytest.mark.parametrize("start", [1.0, 1.5])
+def test_a_clip_behind_the_end(start):
+    with pytest.raises(AudioError, match=rf"a\.wav is 1\.00 s long: no clip can begin at {start:g} s"):
+        list(clipped([noise(1)], [(0, 0.5), (start, 3)], name="a.wav"))
 
 
 def test_batches_and_windows_lose_nothing():
@@ -137,6 +190,156 @@ def test_a_batch_gives_what_each_recording_gives_alone(transcriber, babble):
     assert together[1].segments[-1].end == 4.0
 
 
+def test_several_recordings_of_any_iterable(transcriber, babble, tmp_path):
+    samples = babble(1, seed=5)
+    soundfile.write(tmp_path / "a.wav", samples, SAMPLE_RATE, subtype="FLOAT")
+    expected = transcriber.transcribe(samples).tokens
+    with (tmp_path / "a.wav").open("rb") as file:
+        sources = (source for source in (samples, str(tmp_path / "a.wav"), file))
+        assert [result.tokens for result in transcriber.transcribe(sources)] == [expected] * 3
+    with (tmp_path / "a.wav").open("rb") as file:
+        assert transcriber.transcribe(file).tokens == expected
+
+
+SAID = operator.attrgetter("start", "end", "text", "tokens", "words", "decoder_calls", "truncated")
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_a_stream_gives_the_segments_in_order(transcriber, babble, batch_size):
+    samples, options = babble(9, seed=4), DecodingOptions(draft_length="full")
+    samples[3 * SAMPLE_RATE : 6 * SAMPLE_RATE] = 0
+    expected = transcriber.transcribe(samples, options, word_times=True).segments
+    streamed = list(transcriber.stream(samples, options, batch_size=batch_size, word_times=True))
+    assert len(streamed) >= 5
+    assert list(map(SAID, streamed)) == list(map(SAID, expected))
+
+
+def test_a_stream_reads_what_it_needs(transcriber, babble, monkeypatch):
+    """Ten minutes of sound: the first segment comes when a few chunks are read, and little is ever held."""
+    num_read, minute = 0, babble(60, seed=2)
+
+    def blocks(source):
+        nonlocal num_read
+        for _ in range(10):
+            for block in np.split(minute, 60):
+                num_read += 1
+                yield block.copy()
+
+    monkeypatch.setattr("leapasr.transcriber.read_blocks", blocks)
+    stream = transcriber.stream("a.wav", DecodingOptions(max_tokens=1, drafts="mtp"), batch_size=8)
+    next(stream)
+    assert num_read <= 25
+    tracemalloc.start()
+    last = [next(stream) for _ in range(100)][-1]
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert last.start > 60
+    assert num_read - last.end < 25
+    assert peak < 30 * SAMPLE_RATE * 4 * 2
+    stream.close()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"clips": []}, "no clips: give at least one start"),
+        ({"language": "fr"}, "language 'fr' asked for"),
+        ({"options": DecodingOptions(num_heads=9)}, "num_heads 9 asked for"),
+    ],
+)
+def test_a_stream_refuses_at_the_call(transcriber, wrong, message):
+    with pytest.raises(ValueError, match=message):
+        transcriber.stream(noise(1), **wrong)
+
+
+def test_a_stream_of_what_cannot_be_read(transcriber):
+    stream = transcriber.stream("missing.wav")
+    with pytest.raises(AudioError, match="not found"):
+        next(stream)
+
+
+def test_threads_share_a_transcriber(tiny_model_folder, babble):
+    """Each gets what it gets alone, whatever the others do meanwhile."""
+    shared, alone = load(tiny_model_folder, device="cpu"), load(tiny_model_folder, device="cpu")
+    recordings = [babble(seconds, seed=seed) for seed, seconds in enumerate([0.4, 2.5, 1.2, 1.9])]
+    ways = [
+        DecodingOptions(),
+        DecodingOptions(strategy="autoregressive"),
+        DecodingOptions(strategy="beam", beam_size=2),
+    ]
+    calls = [(samples, options) for options in ways for samples in recordings]
+
+    def transcribed(transcriber, samples, options):
+        segments = transcriber.transcribe(samples, options, word_times=True).segments
+        streamed = list(transcriber.stream(samples, options, batch_size=2, word_times=True))
+        fields = operator.attrgetter("start", "end", "text", "tokens", "words", "truncated", "alternatives")
+        return list(map(fields, segments)), list(map(fields, streamed))
+
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda call: transcribed(shared, *call), calls))
+    for call, found in zip(calls, together, strict=True):
+        expected = transcribed(alone, *call)
+        for mine, other in zip(found, expected, strict=True):
+            assert [each[:-1] for each in mine] == [each[:-1] for each in other]
+            scores = [score for each in mine for _, score in each[-1]]
+            assert scores == pytest.approx([score for each in other for _, score in each[-1]], abs=1e-4)
+    assert any(found[0] for found in together)
+
+
+def test_chunks_without_speech_have_no_segment(transcriber, monkeypatch):
+    """The CTC head decides: here it hears nothing in what begins in a recording's first second."""
+    encode, blank = transcriber.encode, transcriber.model.config.blank_token_id
+
+    def deaf(chunks):
+        batch = encode(chunks)
+        with torch.inference_mode():
+            for row, chunk in enumerate(chunks):
+                if chunk.start < 1:
+                    batch.ctc_logits_BTV[row, :, blank] = 1e4
+        return batch
+
+    monkeypatch.setattr(transcriber, "encode", deaf)
+    samples = noise(4)
+    samples[int(1.1 * SAMPLE_RATE) : int(1.3 * SAMPLE_RATE)] = 0  # the first chunk ends there
+    everything = transcriber.transcribe(samples, AUTOREGRESSIVE, vad_filter=False)
+    speech = transcriber.transcribe(samples, AUTOREGRESSIVE)
+    starts = [segment.start for segment in everything.segments]
+    assert starts[0] == 0
+    assert 1 < starts[1] < 1.28
+    assert [segment.start for segment in speech.segments] == starts[1:]
+    assert [segment.start for segment in transcriber.stream(samples, AUTOREGRESSIVE, batch_size=1)] == starts[1:]
+    assert speech.audio_seconds == 4
+    assert transcriber.transcribe(noise(0.9), AUTOREGRESSIVE).segments  # a word of its own may not be heard
+
+
+def test_progress_counts_all_audio(transcriber):
+    silence, done = np.zeros(2 * SAMPLE_RATE, dtype=np.float32), []
+    samples = np.concatenate([silence, noise(1.5), silence])
+    list(transcriber.transcribe_each([samples, "missing.wav", silence], progress=done.append))
+    assert sum(done) == pytest.approx(5.5 + 2)
+
+
+def test_the_language_is_on_the_models_card(tiny_model_folder, tmp_path):
+    folder = shutil.copytree(tiny_model_folder, tmp_path / "model")
+    cards = {
+        "---\nlanguage: de\n---\n": "de",
+        "---\nlanguage:\n- de\n---\n": "de",
+        "---\nlanguage: [de, en]\n---\n": None,
+        "---\nlicense: mit\n---\n": None,
+        "---\n- a: [\n---\n": None,
+        "No metadata": None,
+    }
+    for card, language in cards.items():
+        (folder / "README.md").write_text(card)
+        assert load(folder, device="cpu").language == language
+    (folder / "README.md").write_text("---\nlanguage: de\n---\n")
+    transcriber = load(folder, device="cpu")
+    assert transcriber.transcribe(noise(1), language="German").language == "de"
+    with pytest.raises(ValueError, match="'English' asked for, but the model writes 'de' alone"):
+        transcriber.transcribe(noise(1), language="English")
+
+
 def test_tokens_are_those_of_decode_on_the_models_own_calls(transcriber):
     samples, model = noise(1), transcriber.model
     inputs = transcriber.processor([samples])
@@ -179,6 +382,30 @@ def test_more_tokens_than_ctc_frames_have_no_word_times(transcriber):
     assert len(token_times(tokens[:20], log_probs_TV, **place)) == 20
 
 
+def test_tokens_last_from_before_they_are_heard_to_the_next_or_a_pause():
+    heard_T = [7, 0, 8, 8, 0, 0, 9, *[0] * 12, 7, 0, 0, 9]  # the token of each frame of 40 ms
+    log_probs_TV = torch.nn.functional.one_hot(torch.tensor(heard_T), 10).float().log()
+    times = token_times([7, 8, 9, 7, 9], log_probs_TV, frame_rate=25.0, blank=0, start=5.0, end=5.91)
+    late = LATENESS_SECONDS
+    expected = [
+        (5.0, 5.04),  # half of what there is before it
+        (5.04, 5.24 - late),
+        (5.24 - late, 5.28 + TAIL_SECONDS),  # a pause
+        (5.76 - late, 5.88 - late),
+        (5.88 - late, 5.91),  # the end of the audio
+    ]
+    assert [time for span in times for time in span] == pytest.approx([time for span in expected for time in span])
+
+
+def test_long_texts_have_word_times():
+    """25 s of speech have up to 150 tokens."""
+    log_probs_TV = torch.randn(625, 48, generator=torch.Generator().manual_seed(0)).log_softmax(-1)
+    tokens = [4 + index % 40 for index in range(150)]
+    spans = token_times(tokens, log_probs_TV, frame_rate=25.0, blank=0, start=0.0, end=25.0)
+    assert len(spans) == 150
+    assert [time for span in spans for time in span] == sorted(time for span in spans for time in span)
+
+
 def test_no_recordings(transcriber):
     assert transcriber.transcribe([]) == []
 
@@ -215,6 +442,7 @@ def test_bad_audio_among_good(transcriber, tmp_path):
         (np.zeros(100, dtype=np.int16), r"int16 \(100,\)"),
         (np.array([0.0, np.nan, np.inf]), "2 of 3 samples are not finite"),
         (b"", "0 bytes"),
+        (16_000, "a path, a file's bytes or a binary file object, got 16000"),
         (b"not audio", "cannot be read as audio"),
     ],
 )
@@ -300,6 +528,10 @@ def test_importing_the_package_is_cheap():
     code = "import sys, leapasr; assert leapasr.__version__; print([m for m in ('torch', 'numpy') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_the_package_says_that_it_is_typed():
+    assert (importlib.resources.files("leapasr") / "py.typed").is_file()
 
 
 def test_public_names():

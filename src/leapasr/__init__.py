@@ -12,15 +12,17 @@ import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from leapasr.audio import AudioError
     from leapasr.decoding.options import DecodingOptions
     from leapasr.transcriber import Transcriber, load
     from leapasr.transcription import Segment, Transcription, Word
 
-__all__ = ["DecodingOptions", "Segment", "Transcriber", "Transcription", "Word", "__version__", "load"]
+__all__ = ["AudioError", "DecodingOptions", "Segment", "Transcriber", "Transcription", "Word", "__version__", "load"]
 
 __version__ = importlib.metadata.version("leapasr")
 
 _HOMES = {
+    "AudioError": "leapasr.audio",
     "DecodingOptions": "leapasr.decoding.options",
     "Segment": "leapasr.transcription",
     "Transcriber": "leapasr.transcriber",

@@ -6,8 +6,9 @@ import io
 import math
 import os
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import IO, cast
 
 import av
 import numpy as np
@@ -33,16 +34,17 @@ def resample(samples: np.ndarray, rate: int) -> np.ndarray:
     return soxr.resample(samples, rate, SAMPLE_RATE).astype(np.float32, copy=False)
 
 
-def read_audio(
-    source: str | os.PathLike | bytes | BinaryIO, *, max_seconds: float = math.inf, strict: bool = False
-) -> np.ndarray:
+Source = str | os.PathLike | bytes | IO[bytes]
+
+
+def read_audio(source: Source, *, max_seconds: float = math.inf, strict: bool = False) -> np.ndarray:
     """Decode audio of any container, codec, rate and channel count.
 
-    Decoding and resampling go packet by packet: the memory taken is that of the result.
-    Of a damaged file what can be decoded is given, with a warning that says what is missing and where.
+    The memory taken is that of the result. Of a damaged file what can be decoded is given, with a warning that says
+    what is missing and where.
 
     Args:
-        source: path of a local file, a file's bytes, or a binary file object.
+        source: path of a local file, a file's bytes, or a binary file object that can seek.
         max_seconds: longer audio is an error, found while decoding, whatever length the file declares.
         strict: damage is an error, not a warning.
 
@@ -53,23 +55,53 @@ def read_audio(
         AudioError: the file is missing, a directory, empty, not audio, without an audio stream or without samples;
             it is longer than `max_seconds`; or, if `strict`, it is damaged.
     """
+    samples, length = np.empty(SAMPLE_RATE, dtype=np.float32), 0
+    for block in read_blocks(source, max_seconds=max_seconds, strict=strict):
+        end = length + len(block)
+        if end > len(samples):
+            samples.resize(max(end, len(samples) * 5 // 4), refcheck=False)
+        samples[length:end] = block
+        length = end
+    samples.resize(length, refcheck=False)
+    return samples
+
+
+def read_blocks(source: Source, *, max_seconds: float = math.inf, strict: bool = False) -> Iterator[np.ndarray]:
+    """What `read_audio` gives, in blocks of about a second, decoded and resampled as they are asked for.
+
+    Args, warnings and errors are those of `read_audio`; errors come before the first block, but for those of
+    `max_seconds` and `strict`, which come when they are found.
+    """
     name, file = _opened(source)
     # A playlist inside the file must not make FFmpeg open anything else.
     options = {"protocol_whitelist": "file" if isinstance(file, str) else "pipe"}
+    num_samples = 0
     try:
         with av.open(file, mode="r", options=options) as container:
             stream = container.streams.best("audio")
             if not isinstance(stream, av.AudioStream):
                 raise AudioError(f"{name} has no audio stream, only {_kinds(container)}: give a file with sound")
-            samples = _decode(container, stream, name, max_seconds=max_seconds, strict=strict)
+            for block in _decode(container, stream, name, max_seconds=max_seconds, strict=strict):
+                num_samples += len(block)
+                yield block
     except (av.FFmpegError, OSError) as error:
         raise AudioError(f"{name} cannot be read as audio ({error.strerror}): corrupt, or no audio file") from error
-    if not len(samples):
+    if not num_samples:
         raise AudioError(f"{name} has an audio stream but not one sample could be decoded: corrupt or zero-length")
-    return samples
 
 
-def _opened(source: str | os.PathLike | bytes | BinaryIO) -> tuple[str, str | BinaryIO]:
+def declared_seconds(path: str | os.PathLike) -> float | None:
+    """How long a file says that its audio is, nothing decoded; None where it does not say, or cannot be read."""
+    try:
+        _, file = _opened(path)
+        with av.open(file, mode="r", options={"protocol_whitelist": "file"}) as container:
+            stream = container.streams.best("audio")
+            return _declared_seconds(container, stream) or None if isinstance(stream, av.AudioStream) else None
+    except (AudioError, av.FFmpegError, OSError):
+        return None
+
+
+def _opened(source: Source) -> tuple[str, str | IO[bytes]]:
     """A name for messages, and what FFmpeg is to open."""
     if isinstance(source, (bytes, bytearray, memoryview)):
         if not len(source):
@@ -84,7 +116,10 @@ def _opened(source: str | os.PathLike | bytes | BinaryIO) -> tuple[str, str | Bi
         if path.is_file() and path.stat().st_size == 0:
             raise AudioError(f"{path} is empty (0 bytes)")
         return str(path), f"file:{path.absolute()}"
-    return str(getattr(source, "name", "the audio file object")), source
+    if not hasattr(source, "read"):
+        raise AudioError(f"audio must be a path, a file's bytes or a binary file object, got {source!r:.80}")
+    name = getattr(source, "name", None)
+    return name if isinstance(name, str) else "the audio file object", source
 
 
 def _kinds(container: av.container.InputContainer) -> str:
@@ -93,8 +128,9 @@ def _kinds(container: av.container.InputContainer) -> str:
 
 def _decode(
     container: av.container.InputContainer, stream: av.AudioStream, name: str, *, max_seconds: float, strict: bool
-) -> np.ndarray:
-    result = _Resampled()
+) -> Iterator[np.ndarray]:
+    """Blocks of samples at 16 kHz; behind the last a warning, or an error if `strict`, tells of damage."""
+    resampler = _Resampler()
     damage: list[str] = []
     now = None  # where the next frame should start, by the file's own clock
     try:
@@ -105,23 +141,20 @@ def _decode(
                         damage.append(f"{frame.time - now:.2f} s are missing at {now:.2f} s")
                     now = frame.time
                 now = (now or 0.0) + frame.samples / frame.sample_rate
-                result.add(_mono(frame), frame.sample_rate)
-                if result.seconds > max_seconds:
+                yield from resampler.add(_mono(frame), frame.sample_rate)
+                if resampler.seconds > max_seconds:
                     raise AudioError(f"{name} is longer than {max_seconds:g} s: cut it, and give the pieces")
     except av.FFmpegError as error:
-        damage.append(f"decoding stopped at {result.seconds:.2f} s: {error.strerror}")
-    samples = result.finish()
-    declared = _declared_seconds(container, stream)
-    if declared - result.seconds > max(NOTED_GAP_SECONDS, 0.02 * declared) and not damage:
-        damage.append(
-            f"decoding stopped at {result.seconds:.2f} s, though the file says that it is {declared:.2f} s long"
-        )
-    if damage and len(samples):
-        message = f"{name} is damaged: {'; '.join(damage[:5])}; {result.seconds:.2f} s were decoded"
+        damage.append(f"decoding stopped at {resampler.seconds:.2f} s: {error.strerror}")
+    yield from resampler.finish()
+    decoded, declared = resampler.seconds, _declared_seconds(container, stream)
+    if declared - decoded > max(NOTED_GAP_SECONDS, 0.02 * declared) and not damage:
+        damage.append(f"decoding stopped at {decoded:.2f} s, though the file says that it is {declared:.2f} s long")
+    if damage and decoded:
+        message = f"{name} is damaged: {'; '.join(damage[:5])}; {decoded:.2f} s were decoded"
         if strict:
             raise AudioError(message)
-        warnings.warn(message, stacklevel=3)
-    return samples
+        warnings.warn(message, stacklevel=4)
 
 
 def _frames(packet: av.Packet) -> list[av.AudioFrame]:
@@ -155,44 +188,37 @@ def _mono(frame: av.AudioFrame) -> np.ndarray:
     return mono
 
 
-class _Resampled:
-    """Collects decoded blocks, resampled to 16 kHz, in one buffer that grows in place."""
+class _Resampler:
+    """Mono blocks of any rate, which may change, to blocks of about a second at 16 kHz."""
 
-    def __init__(self):
-        self._buffer = np.empty(SAMPLE_RATE, dtype=np.float32)
-        self._length = 0
+    def __init__(self) -> None:
         self._rate = SAMPLE_RATE
         self._resampler: soxr.ResampleStream | None = None
         self._pending: list[np.ndarray] = []
         self._num_pending = 0
-        self.seconds = 0.0  # decoded so far
+        self.seconds = 0.0  # taken so far
 
-    def add(self, block: np.ndarray, rate: int) -> None:
+    def add(self, block: np.ndarray, rate: int) -> Iterator[np.ndarray]:
         if rate != self._rate:
-            self._push(last=True)
+            yield from self.finish()
             self._rate = rate
             self._resampler = None if rate == SAMPLE_RATE else soxr.ResampleStream(rate, SAMPLE_RATE, 1, "float32")
         self._pending.append(block)
         self._num_pending += len(block)
         self.seconds += len(block) / rate
         if self._num_pending >= rate:
-            self._push(last=False)
+            yield from self._push(last=False)
 
-    def finish(self) -> np.ndarray:
-        self._push(last=True)
-        self._buffer.resize(self._length, refcheck=False)
-        return self._buffer
+    def finish(self) -> Iterator[np.ndarray]:
+        yield from self._push(last=True)
 
-    def _push(self, *, last: bool) -> None:
+    def _push(self, *, last: bool) -> Iterator[np.ndarray]:
         block = np.concatenate([*self._pending, np.empty(0, dtype=np.float32)])
         self._pending, self._num_pending = [], 0
         if self._resampler:
             block = self._resampler.resample_chunk(block, last=last)
-        end = self._length + len(block)
-        if end > len(self._buffer):
-            self._buffer.resize(max(end, len(self._buffer) * 5 // 4), refcheck=False)
-        self._buffer[self._length : end] = block
-        self._length = end
+        if len(block):
+            yield block
 
 
 def is_silent(samples: np.ndarray, *, threshold_dbfs: float = -65.0) -> bool:

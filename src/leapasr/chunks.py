@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import math
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 import numpy as np
 
-from leapasr.audio import SAMPLE_RATE, cut_at_silences, is_silent
+from leapasr.audio import (
+    FRAME,
+    QUIET_FRAMES,
+    SAMPLE_RATE,
+    SHORTEST_REST_SECONDS,
+    AudioError,
+    cut_at_silences,
+    is_silent,
+)
 
 SHORTEST_SECONDS = 0.1  # nothing can be said in less
 WINDOW_SECONDS = 1800.0  # audio held in memory at once: 115 MB
 
 Key = TypeVar("Key")
+Clip = tuple[float, float]  # start and end in seconds of a recording
+WHOLE: tuple[Clip, ...] = ((0.0, math.inf),)
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,9 +47,92 @@ class Chunk(Generic[Key]):
 
 def cut_recording(recording: Key, samples: np.ndarray, *, max_seconds: float) -> list[Chunk[Key]]:
     """The chunks of a recording that can hold speech: none is longer than `max_seconds`, silence is left out."""
-    spans = cut_at_silences(samples, max_seconds=max_seconds)
-    chunks = [Chunk(recording, start / SAMPLE_RATE, samples[start:end]) for start, end in spans]
-    return [chunk for chunk in chunks if chunk.seconds >= SHORTEST_SECONDS and not is_silent(chunk.samples)]
+    return list(cut_pieces(recording, [(0, samples)], max_seconds=max_seconds))
+
+
+def cut_pieces(
+    recording: Key, pieces: Iterable[tuple[int, np.ndarray]], *, max_seconds: float
+) -> Generator[Chunk[Key], None, int]:
+    """Chunks as of `cut_recording`, of a recording that comes piece by piece; a few chunks' audio is held at once.
+
+    Args:
+        pieces: (first sample in the recording, samples), in order; no chunk reaches over a gap between them.
+
+    Returns:
+        (at the generator's end) how many samples there were.
+    """
+    # A chunk's end depends on no more than this: its longest, the rest that is to be left, the loudness around a cut.
+    decisive = int((max_seconds + SHORTEST_REST_SECONDS) * SAMPLE_RATE) + QUIET_FRAMES * FRAME
+    held: list[np.ndarray] = []
+    start = num_held = num_heard = 0
+
+    def cut(*, more: bool) -> Iterator[Chunk[Key]]:
+        """The chunks of what is held; while there is `more` to come, those alone whose ends it cannot change."""
+        nonlocal held, start, num_held
+        samples = np.concatenate(held) if len(held) > 1 else held[0]
+        done = 0
+        for first, end in cut_at_silences(samples, max_seconds=max_seconds):
+            if more and first + decisive > len(samples):
+                break
+            chunk = Chunk(recording, (start + first) / SAMPLE_RATE, samples[first:end])
+            if chunk.seconds >= SHORTEST_SECONDS and not is_silent(chunk.samples):
+                yield chunk
+            done = end
+        held, start, num_held = [samples[done:]], start + done, num_held - done
+
+    for first, samples in pieces:
+        if first != start + num_held:
+            if held:
+                yield from cut(more=False)
+            held, start, num_held = [], first, 0
+        held.append(samples)
+        num_held += len(samples)
+        num_heard += len(samples)
+        if num_held >= 4 * decisive:
+            yield from cut(more=True)
+    if held:
+        yield from cut(more=False)
+    return num_heard
+
+
+def check_clips(clips: Sequence[Clip]) -> None:
+    """Raises ValueError unless there is a clip, each ends behind its start, and none begins before another's end."""
+    if not clips:
+        raise ValueError("no clips: give at least one start")
+    end = 0.0
+    for clip in clips:
+        if not end <= clip[0] < clip[1] or clip[0] == math.inf:
+            raise ValueError(
+                f"clips are (start, end) in seconds, one behind the other, got {clip[0]:g} to {clip[1]:g} s"
+                + (f" behind {end:g} s" if end else "")
+            )
+        end = clip[1]
+
+
+def clipped(blocks: Iterable[np.ndarray], clips: Sequence[Clip], *, name: str) -> Iterator[tuple[int, np.ndarray]]:
+    """What of a recording lies in `clips`, as (first sample in it, samples); no block behind them is asked for.
+
+    A clip may end behind the recording's end.
+
+    Args:
+        name: of the recording, for messages.
+
+    Raises:
+        AudioError: the recording ends before a clip begins.
+    """
+    first = 0
+    for block in blocks:
+        for start, end in clips:
+            low = max(round(start * SAMPLE_RATE) - first, 0)
+            high = len(block) if end == math.inf else max(round(end * SAMPLE_RATE) - first, 0)
+            if len(part := block[low:high]):
+                yield first + low, part
+        first += len(block)
+        if first >= clips[-1][1] * SAMPLE_RATE:
+            return
+    seconds, late = first / SAMPLE_RATE, clips[-1][0]
+    if 0 < late >= seconds:
+        raise AudioError(f"{name} is {seconds:.2f} s long: no clip can begin at {late:g} s")
 
 
 def by_length(chunks: Iterable[Chunk[Key]], batch_size: int) -> Iterator[Sequence[Chunk[Key]]]:

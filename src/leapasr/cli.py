@@ -24,6 +24,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    context_settings={"token_normalize_func": lambda name: name.replace("_", "-")},  # Whisper's --output_format, ...
 )
 
 Model = Annotated[str | None, typer.Option(help="Model folder or hub name; without it, the model in the package.")]
@@ -100,7 +101,6 @@ def progress_bar(description: str, *, total: float | None, unit: str, hidden: bo
 def quiet_libraries() -> None:
     """Only our own messages: one line each."""
     import logging
-    import warnings
 
     from transformers.utils import logging as transformers_logging
 
@@ -138,7 +138,10 @@ def main(version: Annotated[bool, typer.Option("--version", help="Print the vers
 
 @app.command()
 def transcribe(
-    files: Annotated[list[Path], typer.Argument(help="Audio or video files, and folders of them.")],
+    files: Annotated[
+        list[Path],
+        typer.Argument(help="Audio or video files, folders of them, globs ('talks/*.mp3'); - is standard input."),
+    ],
     model: Model = None,
     strategy: Strategy = "verify",
     threshold: Threshold = None,
@@ -149,15 +152,45 @@ def transcribe(
     drafts: Drafts = None,
     draft_length: DraftLength = None,
     nbest: Annotated[
-        int | None, typer.Option(help="For --strategy beam: texts of each stretch of audio, for --format json.")
+        int | None, typer.Option(help="For --strategy beam: texts of each stretch of audio, for --output-format json.")
     ] = None,
-    format: Annotated[Literal["txt", "json", "srt", "vtt"], typer.Option(help="What to write.")] = "txt",
+    output_format: Annotated[
+        Literal["txt", "vtt", "srt", "tsv", "json", "all"],
+        typer.Option("--output-format", "-f", "--format", help="What to write."),
+    ] = "txt",
+    output_dir: Annotated[
+        Path | None,
+        typer.Option(
+            "--output-dir",
+            "-o",
+            help="Folder for a transcript a file; without it, they are printed. Files whose transcripts are there are "
+            "skipped.",
+        ),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Transcribe again files whose transcripts are there.")
+    ] = False,
+    language: Annotated[
+        str | None, typer.Option(help="Language of the speech, a code or a name; refused if the model has another.")
+    ] = None,
+    initial_prompt: Annotated[
+        str | None, typer.Option(help="Text to go on from; refused, as models here take none.")
+    ] = None,
+    word_timestamps: Annotated[
+        bool | None, typer.Option(help="Times of words; without either, where the format has a place for them.")
+    ] = None,
+    max_line_width: Annotated[int | None, typer.Option(help="Characters of a line of subtitles; 42.")] = None,
+    max_line_count: Annotated[int | None, typer.Option(help="Lines of a subtitle; 2.")] = None,
+    clip_timestamps: Annotated[
+        str,
+        typer.Option(
+            help="START,END,START,END,... in seconds: transcribe that alone; without the last END, to the end."
+        ),
+    ] = "0",
+    vad_filter: Annotated[bool, typer.Option(help="Leave out stretches in which the encoder hears no speech.")] = True,
     explain: Annotated[
         bool, typer.Option("--explain", help="Show which source each token is of, and where decoder calls lie.")
     ] = False,
-    output_dir: Annotated[
-        Path | None, typer.Option(help="Folder for a transcript a file; without it, they are printed.")
-    ] = None,
     batch_size: BatchSize = 8,
     device: Device = None,
     dtype: Dtype = "float32",
@@ -178,23 +211,35 @@ def transcribe(
         )
         from leapasr.explaining import explain as explain_text
         from leapasr.transcriber import load
-        from leapasr.transcribing import audio_files, check_output, transcribe_files
+        from leapasr.transcribing import clips_of, plan, transcribe_files
 
-        found = audio_files(files)
-        check_output(found, format=format, output_folder=output_dir, nbest=nbest, explained=explain)
+        clips = clips_of(clip_timestamps)
+        job = plan(
+            files,
+            format=output_format,
+            output_folder=output_dir,
+            overwrite=overwrite,
+            word_times=word_timestamps,
+            max_line_width=max_line_width,
+            max_line_count=max_line_count,
+            nbest=nbest,
+            explained=explain,
+        )
         quiet_libraries()
         transcriber = load(model, device=device, dtype=dtype)
-        options.check(transcriber.decoder.num_heads)
+        transcriber.check(options, language=language, initial_prompt=initial_prompt)
     to_terminal = output_dir is None and sys.stdout.isatty()
     explanation = partial(explain_text, processor=transcriber.processor, color=to_terminal) if explain else None
-    with reported(), progress_bar("transcribing", total=None, unit="s of audio", hidden=to_terminal) as advance:
+    hidden = to_terminal or not sys.stderr.isatty()
+    total = None if hidden else job.audio_seconds()
+    with reported(), progress_bar("transcribing", total=total, unit="s of audio", hidden=hidden) as advance:
         summary = transcribe_files(
             transcriber,
-            found,
+            job,
             options,
-            format=format,
-            output_folder=output_dir,
             batch_size=batch_size,
+            clips=clips,
+            vad_filter=vad_filter,
             explanation=explanation,
             write=lambda text: typer.echo(text, nl=False),
             complain=complain,
@@ -324,7 +369,7 @@ def bench(
         total = timing.num_turns(systems, sizes, repeat)
         with progress_bar("rounds", total=total, unit="turns") as advance:
             rows = timing.bench(transcriber, systems, utterances, batch_sizes=sizes, rounds=repeat, progress=advance)
-        Console().print(bench_table(rows))
+        Console(width=None if sys.stdout.isatty() else 200).print(bench_table(rows))
         if json:
             write_rows(rows, json)
         if plots:

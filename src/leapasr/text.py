@@ -54,6 +54,11 @@ def speakable(text: str) -> bool:
     return re.fullmatch(r"[A-Za-z ,.?!'-]+", text) is not None
 
 
+def ends_sentence(text: str) -> bool:
+    """Whether `text` ends with one of ``. ? !`` that is not the full stop of a title or an initial."""
+    return text.endswith((".", "?", "!")) and not _ABBREVIATION.search(text)
+
+
 def sentences(paragraph: str) -> Iterator[str]:
     """Cut a tidied paragraph behind ``. ? !``, not behind titles and initials."""
     pending = ""

@@ -6,25 +6,27 @@ Shapes: B rows, T CTC frames, V vocabulary.
 from __future__ import annotations
 
 import importlib.resources
-import math
 import os
 import re
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+import threading
+from collections import defaultdict, deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from itertools import islice
 from pathlib import Path
-from typing import overload
+from typing import IO, overload
 
 import numpy as np
 import torch
-from torch import Tensor
+from huggingface_hub import metadata_load
+from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
+from transformers.utils import cached_file
+from yaml import YAMLError
 
-from leapasr.audio import SAMPLE_RATE, AudioError, read_audio
-from leapasr.chunks import Chunk, by_length, cut_recording, windows
-from leapasr.decoding import DecodingLoop, DecodingOptions, DecodingResult, Prompts, SpeechLlamaDecoder, build_loop
-from leapasr.decoding.costs import FREE, CallCosts, known_costs
+from leapasr.audio import SAMPLE_RATE, AudioError, read_blocks
+from leapasr.chunks import WHOLE, Chunk, Clip, by_length, check_clips, clipped, cut_pieces, cut_recording, windows
+from leapasr.decoding import DecodingOptions, DecodingResult, Prompts, SpeechLlamaDecoder, build_loop
+from leapasr.decoding.costs import FREE, CallCosts, tune
 from leapasr.decoding.ctc import greedy_ctc, read_ctc
 from leapasr.decoding.drafts import Drafter, build_drafter
 from leapasr.decoding.guards import MAX_TOKENS_AT_LEAST, MAX_TOKENS_PER_SECOND, token_bound
@@ -32,53 +34,16 @@ from leapasr.model.checkpoints import CheckpointError
 from leapasr.model.encoders import FEATURE_RATE
 from leapasr.model.processing import SpeechLlamaProcessor
 from leapasr.model.speech_llama import SpeechLlamaForConditionalGeneration
+from leapasr.running import DecodedChunk, EncodedBatch, RunningBatch, timed
 from leapasr.transcription import Segment, Transcription, timed_words, token_times
 
 MAX_CHUNK_SECONDS = 25.0
+MIN_FILTERED_SECONDS = 1.0  # in shorter chunks the CTC head may miss the only word
 
 DEFAULT_OPTIONS = DecodingOptions()
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-Audio = str | os.PathLike | bytes | np.ndarray
-
-
-@dataclass(frozen=True, eq=False)
-class EncodedBatch:
-    """Chunks on the decoder's side of the encoder.
-
-    Attributes:
-        chunks: B chunks.
-        prompts: the decoder's prompts.
-        max_tokens: each row's token bound.
-        ctc_logits_BTV, ctc_lengths_B: CTC logits (B, T, V), `model.ctc_frame_rate` frames a second, and lengths (B,).
-        seconds: time that features and encoder took.
-    """
-
-    chunks: Sequence[Chunk]
-    prompts: Prompts
-    max_tokens: list[int]
-    ctc_logits_BTV: Tensor
-    ctc_lengths_B: Tensor
-    seconds: float
-
-
-@dataclass(frozen=True, eq=False)
-class DecodedChunk:
-    """The result for row `row` of a batch, and its share of the seconds that decoding took."""
-
-    batch: EncodedBatch
-    row: int
-    result: DecodingResult
-    seconds: float
-
-    @property
-    def chunk(self) -> Chunk:
-        return self.batch.chunks[self.row]
-
-    @property
-    def encoder_seconds(self) -> float:
-        """Its share, by length, of the seconds that encoding the batch took."""
-        return self.batch.seconds * self.chunk.seconds / sum(chunk.seconds for chunk in self.batch.chunks)
+Audio = str | os.PathLike | bytes | IO[bytes] | np.ndarray
 
 
 @dataclass(frozen=True)
@@ -92,20 +57,61 @@ class DecodedBatch:
 class Transcriber:
     """A model and its processor, ready to transcribe.
 
+    Threads may share one: any number of them may transcribe at a time, and each gets what it gets alone, token for
+    token. They share the cores or the GPU, not batches: many recordings are faster in one call than in many threads.
+    What `transcribe_each` and `stream` give is for one thread to iterate over, as any generator.
+
     Args:
         model: in evaluation mode, on its device and in its dtype.
         processor: features and tokenizer of the model.
+        language: what the model writes, a code as in ``en``; None if it is several, or not known.
     """
 
-    def __init__(self, model: SpeechLlamaForConditionalGeneration, processor: SpeechLlamaProcessor):
+    def __init__(
+        self,
+        model: SpeechLlamaForConditionalGeneration,
+        processor: SpeechLlamaProcessor,
+        *,
+        language: str | None = None,
+    ):
         self.model = model.eval()
         self.processor = processor
+        self.language = language
         self.decoder = SpeechLlamaDecoder(model)
+        self._costs: CallCosts | None = None
+        self._costs_lock = threading.Lock()
 
-    @cached_property
+    @property
     def costs(self) -> CallCosts:
-        """Of decoder calls on this machine: measured when they are first needed, then kept in a file."""
-        return known_costs(self.decoder, self.model.config.decoder_config.to_json_string())
+        """Of decoder calls on this machine: measured when something is first decoded, then kept in a file."""
+        with self._costs_lock:
+            if self._costs is None:
+                self._costs = tune(self.decoder, self.model.config.decoder_config.to_json_string())
+            return self._costs
+
+    def check(
+        self, options: DecodingOptions, *, language: str | None = None, initial_prompt: str | None = None
+    ) -> None:
+        """Raises ValueError where the model cannot do what is asked.
+
+        Args:
+            options: how to decode.
+            language: to be written, a code or an English name.
+            initial_prompt: text to go on from, which no model here has been taught to read.
+        """
+        options.check(self.decoder.num_heads)
+        if language is not None:
+            code = TO_LANGUAGE_CODE.get(language.lower(), language.lower())
+            if self.language is None:
+                raise ValueError(
+                    f"language {language!r} asked for, but the model does not let one choose: leave it out"
+                )
+            if code != self.language:
+                raise ValueError(f"language {language!r} asked for, but the model writes {self.language!r} alone")
+        if initial_prompt is not None:
+            raise ValueError(
+                f"initial prompt {initial_prompt!r:.80} given, but the model takes none: it was trained on speech alone"
+            )
 
     @property
     def max_seconds(self) -> float:
@@ -119,39 +125,64 @@ class Transcriber:
         )
 
     @overload
-    def transcribe(
-        self, audio: Audio, options: DecodingOptions = ..., *, batch_size: int = ..., word_times: bool = ...
+    def transcribe(  # type: ignore[overload-overlap]  # a path is an iterable, too, and taken for a path
+        self, audio: Audio, options: DecodingOptions = ..., *, batch_size: int = ..., word_times: bool = ...,
+        clips: Sequence[Clip] = ..., language: str | None = ..., vad_filter: bool = ...,
     ) -> Transcription: ...  # fmt: skip
 
     @overload
     def transcribe(
-        self, audio: list[Audio], options: DecodingOptions = ..., *, batch_size: int = ..., word_times: bool = ...
+        self, audio: Iterable[Audio], options: DecodingOptions = ..., *, batch_size: int = ..., word_times: bool = ...,
+        clips: Sequence[Clip] = ..., language: str | None = ..., vad_filter: bool = ...,
     ) -> list[Transcription]: ...  # fmt: skip
 
-    def transcribe(self, audio, options=DEFAULT_OPTIONS, *, batch_size=8, word_times=False):
-        """Transcribe one recording, or each of a list.
+    def transcribe(
+        self,
+        audio,
+        options=DEFAULT_OPTIONS,
+        *,
+        batch_size=8,
+        word_times=False,
+        clips=WHOLE,
+        language=None,
+        vad_filter=True,
+    ):
+        """Transcribe one recording, or each of several.
 
         Args:
-            audio: a file's path, a file's bytes, 16 kHz mono samples (num_samples,), or a list of these.
+            audio: a file's path, a file's bytes, a binary file object, 16 kHz mono samples (num_samples,), or an
+                iterable of these.
             options: how to decode.
             batch_size: chunks of at most `max_seconds` that are computed together, whatever recordings they are of.
             word_times: give each segment its words with times, from the encoder's CTC output.
+            clips: (start, end) in seconds of what is to be transcribed, of each recording; all of it without them.
+                Times in the result are the recording's.
+            language: refused unless it is the model's.
+            vad_filter: leave out chunks of a second or more in which the CTC head hears not one token: the decoder
+                writes a word there, too, that nobody said.
 
         Returns:
-            a transcription, or a list of them for a list.
+            a transcription, or a list of them for an iterable.
 
         Raises:
-            AudioError: audio cannot be read; of a list, nothing is returned then (see `transcribe_each`).
-            ValueError: the options do not fit the model, or `batch_size` is less than 1.
+            AudioError: audio cannot be read; of several, nothing is returned then (see `transcribe_each`).
+            ValueError: the model cannot do what is asked (`check`), clips are no clips, or `batch_size` is less than 1.
         """
-        is_list = isinstance(audio, (list, tuple))
+        is_one = _is_one(audio)
         results = {}
-        sources = audio if is_list else [audio]
-        for index, result in self.transcribe_each(sources, options, batch_size=batch_size, word_times=word_times):
+        for index, result in self.transcribe_each(
+            [audio] if is_one else audio,
+            options,
+            batch_size=batch_size,
+            word_times=word_times,
+            clips=clips,
+            language=language,
+            vad_filter=vad_filter,
+        ):
             if isinstance(result, AudioError):
                 raise result
             results[index] = result
-        return [results[index] for index in range(len(results))] if is_list else results[0]
+        return results[0] if is_one else [results[index] for index in range(len(results))]
 
     def transcribe_each(
         self,
@@ -160,55 +191,144 @@ class Transcriber:
         *,
         batch_size: int = 8,
         word_times: bool = False,
+        clips: Sequence[Clip] = WHOLE,
+        language: str | None = None,
+        vad_filter: bool = True,
         progress: Callable[[float], None] | None = None,
     ) -> Iterator[tuple[int, Transcription | AudioError]]:
         """Transcribe any number of recordings: yields the index of each, with its transcription or what is wrong.
 
-        About half an hour of audio is read, transcribed and yielded at a time.
+        About half an hour of audio is read and transcribed at a time, of however many recordings.
 
         Args:
-            progress: called with the seconds of audio transcribed since it was last called, silence left out.
+            progress: called with the seconds of audio done since it was last called.
 
         Raises:
             ValueError: as in `transcribe`.
         """
-        options.check(self.decoder.num_heads)
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        errors: list[tuple[int, AudioError]] = []
+        self._check_call(options, batch_size, clips, language)
+        segments: dict[int, list[Segment]] = defaultdict(list)
+        seconds: dict[int, np.ndarray] = defaultdict(lambda: np.zeros(3))  # of the encoder, the decoder, and of audio
+        ended: deque[tuple[int, float | AudioError]] = deque()
 
-        def readable() -> Iterator[tuple[int, np.ndarray]]:
+        def heard() -> Iterator[Chunk[int]]:
             for index, source in enumerate(sources):
                 try:
-                    yield index, as_samples(source)
+                    audio_seconds = yield from self.listen(index, source, clips)
+                    ended.append((index, audio_seconds))
                 except AudioError as error:
-                    errors.append((index, error))
+                    ended.append((index, error))
 
-        for window in windows(readable()):
-            yield from _drained(errors)
-            yield from self._transcribe_window(window, options, batch_size, word_times, progress)
-        yield from _drained(errors)
+        def finished() -> Iterator[tuple[int, Transcription | AudioError]]:
+            while ended:
+                index, end = ended.popleft()
+                ordered = sorted(segments.pop(index, []), key=lambda segment: segment.start)
+                encoder, decoder, speech = map(float, seconds.pop(index, np.zeros(3)))
+                if isinstance(end, AudioError):
+                    yield index, end
+                    continue
+                if progress:
+                    progress(end - speech)  # silence
+                yield index, Transcription(ordered, end, encoder, decoder, self.language)
 
-    def _transcribe_window(
+        for window in windows((chunk, chunk.samples) for chunk in heard()):
+            batches = by_length((chunk for chunk, _ in window), batch_size)
+            for done, segment in self._segments(batches, options, batch_size, word_times, vad_filter):
+                recording = done.chunk.recording
+                if segment:
+                    segments[recording].append(segment)
+                seconds[recording] += [done.encoder_seconds, done.seconds, done.chunk.seconds]
+                if progress:
+                    progress(done.chunk.seconds)
+            yield from finished()
+        yield from finished()
+
+    def stream(
         self,
-        window: Sequence[tuple[int, np.ndarray]],
+        audio: Audio,
+        options: DecodingOptions = DEFAULT_OPTIONS,
+        *,
+        batch_size: int = 8,
+        word_times: bool = False,
+        clips: Sequence[Clip] = WHOLE,
+        language: str | None = None,
+        vad_filter: bool = True,
+    ) -> Iterator[Segment]:
+        """Transcribe one recording: yields its segments in order, each as soon as it and all before it are done.
+
+        The recording is read while it is transcribed: what is in memory does not grow with its length. Segments are
+        those of `transcribe`.
+
+        Args:
+            batch_size: as in `transcribe`; so many chunks are read before the first segment comes.
+
+        Raises:
+            AudioError: the recording cannot be read (when it is, not at the call).
+            ValueError: as in `transcribe`, at the call.
+        """
+        self._check_call(options, batch_size, clips, language)
+        chunks = self.listen(0, audio, clips)
+        waiting: deque[Chunk] = deque()
+
+        def batches() -> Iterator[Sequence[Chunk]]:
+            while batch := list(islice(chunks, batch_size)):
+                waiting.extend(batch)
+                yield batch
+
+        def in_order() -> Iterator[Segment]:
+            segments: dict[float, Segment | None] = {}
+            for done, segment in self._segments(batches(), options, batch_size, word_times, vad_filter):
+                segments[done.chunk.start] = segment
+                while waiting and waiting[0].start in segments:
+                    if following := segments.pop(waiting.popleft().start):
+                        yield following
+
+        return in_order()
+
+    def _check_call(
+        self, options: DecodingOptions, batch_size: int, clips: Sequence[Clip], language: str | None
+    ) -> None:
+        self.check(options, language=language)
+        check_clips(clips)
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+
+    def listen(self, recording: int, audio: Audio, clips: Sequence[Clip] = WHOLE) -> Generator[Chunk[int], None, float]:
+        """The chunks of a recording that can hold speech, read as they are asked for, none longer than `max_seconds`.
+
+        Args:
+            recording: the chunks' key.
+
+        Returns:
+            (at the generator's end) the seconds of audio that were read, silence included.
+
+        Raises:
+            AudioError: the recording cannot be read.
+        """
+        name = str(audio) if isinstance(audio, (str, os.PathLike)) else "the recording"
+        pieces = clipped(as_blocks(audio), clips, name=name)
+        num_samples = yield from cut_pieces(recording, pieces, max_seconds=self.max_seconds)
+        return num_samples / SAMPLE_RATE
+
+    def _segments(
+        self,
+        batches: Iterable[Sequence[Chunk]],
         options: DecodingOptions,
         batch_size: int,
         word_times: bool,
-        progress: Callable[[float], None] | None,
-    ) -> Iterator[tuple[int, Transcription]]:
-        segments: dict[int, list[Segment]] = {index: [] for index, _ in window}
-        seconds = {index: np.zeros(2) for index, _ in window}
-        batches = (self.encode(chunks) for chunks in by_length(self.cut(window), batch_size))
-        for done in self.decode_each(batches, options, num_left=batch_size // 2):
-            recording = done.chunk.recording
-            segments[recording].append(self.segment(done, word_times=word_times))
-            seconds[recording] += np.array([done.encoder_seconds, done.seconds])
-            if progress:
-                progress(done.chunk.seconds)
-        for index, samples in window:
-            ordered = sorted(segments[index], key=lambda segment: segment.start)
-            yield index, Transcription(ordered, len(samples) / SAMPLE_RATE, *map(float, seconds[index]))
+        vad_filter: bool,
+    ) -> Iterator[tuple[DecodedChunk, Segment | None]]:
+        """Encode and decode batches of chunks: each as it is done, with its segment if it has one."""
+        encoded = (self.encode(chunks) for chunks in batches)
+        for done in self.decode_each(encoded, options, num_left=batch_size // 2):
+            is_kept = not vad_filter or self.hears_speech(done)
+            yield done, self.segment(done, word_times=word_times) if is_kept else None
+
+    def hears_speech(self, done: DecodedChunk) -> bool:
+        """Whether the CTC head hears a token in a chunk; said of every chunk that is too short to tell."""
+        logits_BTV, lengths_B = done.batch.ctc_logits_BTV, done.batch.ctc_lengths_B
+        best_T = logits_BTV[done.row, : int(lengths_B[done.row])].argmax(-1)
+        return done.chunk.seconds < MIN_FILTERED_SECONDS or bool((best_T != self.model.config.blank_token_id).any())
 
     def segment(self, done: DecodedChunk, *, word_times: bool = False) -> Segment:
         """What is said in a chunk, with the times of its words if `word_times`."""
@@ -248,7 +368,7 @@ class Transcriber:
     def encode(self, chunks: Sequence[Chunk]) -> EncodedBatch:
         """Features, encoder and adapter of chunks, none longer than `max_seconds`."""
         model = self.model
-        with _timed(model.device) as timer:
+        with timed(model.device) as timer:
             features, lengths_B = self.processor.pad([self.processor.features(chunk.samples) for chunk in chunks])
             encoding = model.encode(features.to(model.device, model.dtype), lengths_B.to(model.device))
             prompts = Prompts(*model.prompt(encoding))
@@ -296,8 +416,9 @@ class Transcriber:
         Raises:
             ValueError: the options do not fit the model.
         """
-        costs = self.costs if options.draft_length_used == "worthwhile" else FREE
-        return RunningBatch(self, build_loop(self.decoder, options, costs=costs))
+        costs = self.costs
+        loop = build_loop(self.decoder, options, costs=costs if options.draft_length_used == "worthwhile" else FREE)
+        return RunningBatch(loop, self.drafters)
 
     def drafters(self, batch: EncodedBatch, options: DecodingOptions) -> list[Drafter] | None:
         """A draft source for each chunk that starts from what CTC reads there; None if `options` have no use for it."""
@@ -309,7 +430,7 @@ class Transcriber:
 
     def decode_ctc(self, batch: EncodedBatch) -> DecodedBatch:
         """What the CTC head alone says, greedily, without one decoder call and without a trace."""
-        with _timed(self.model.device) as timer:
+        with timed(self.model.device) as timer:
             rows = greedy_ctc(batch.ctc_logits_BTV, batch.ctc_lengths_B, blank=self.model.config.blank_token_id)
         return DecodedBatch(
             [DecodingResult(tokens, num_calls=0, trace=[], truncated=None) for tokens in rows], timer.seconds
@@ -317,84 +438,25 @@ class Transcriber:
 
     def ctc_text(self, audio: Audio) -> str:
         """What the CTC head alone writes for one recording, greedily; arguments and errors as in `transcribe`."""
-        batches = (self.encode([chunk]) for chunk in self.cut([(0, as_samples(audio))]))
+        batches = (self.encode([chunk]) for chunk in self.listen(0, audio))
         texts = [self.processor.decode_text(self.decode_ctc(batch).results[0].tokens) for batch in batches]
         return " ".join(filter(None, texts))
 
 
-class RunningBatch:
-    """Chunks that are being decoded together; more may join at any time (continuous batching).
-
-    What a chunk gets does not depend on the chunks beside it.
-
-    Args:
-        transcriber: has encoded the chunks.
-        loop: without rows.
-    """
-
-    def __init__(self, transcriber: Transcriber, loop: DecodingLoop):
-        self._transcriber, self._loop = transcriber, loop
-        self._rows: dict[int, tuple[EncodedBatch, int]] = {}
-        self._seconds: dict[int, float] = {}
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    @property
-    def chunks(self) -> list[Chunk]:
-        """Those that are being decoded."""
-        return [batch.chunks[row] for batch, row in self._rows.values()]
-
-    def add(self, batch: EncodedBatch) -> None:
-        """Let the chunks of `batch` join."""
-        with _timed(self._transcriber.model.device) as timer:
-            drafters = self._transcriber.drafters(batch, self._loop.options)
-            keys = self._loop.add(batch.prompts, max_tokens=batch.max_tokens, drafters=drafters)
-        self._rows |= {key: (batch, row) for row, key in enumerate(keys)}
-        self._seconds |= dict.fromkeys(keys, timer.seconds / max(1, len(keys)))
-
-    def step(self) -> list[DecodedChunk]:
-        """One decoder call: gives the chunks that it ended."""
-        with _timed(self._transcriber.model.device) as timer:
-            finished = self._loop.step()
-        for key in self._rows:
-            self._seconds[key] += timer.seconds / len(self._rows)
-        return [DecodedChunk(*self._rows.pop(key), result, self._seconds.pop(key)) for key, result in finished.items()]
+def _is_one(audio: object) -> bool:
+    """Whether `audio` is one recording (or nothing that can be read), not several."""
+    single = isinstance(audio, (str, os.PathLike, bytes, bytearray, memoryview, np.ndarray)) or hasattr(audio, "read")
+    return single or not isinstance(audio, Iterable)
 
 
-def _drained(items: list) -> Iterator:
-    while items:
-        yield items.pop(0)
-
-
-class _Timer:
-    seconds = math.nan
-
-
-@contextmanager
-def _timed(device: torch.device) -> Iterator[_Timer]:
-    """Wall-clock seconds of the block, work that an accelerator still has to do included."""
-    timer = _Timer()
-    _synchronize(device)
-    start = time.perf_counter()
-    yield timer
-    _synchronize(device)
-    timer.seconds = time.perf_counter() - start
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def as_samples(audio: Audio) -> np.ndarray:
-    """16 kHz mono float32 samples (num_samples,) of a file, of its bytes, or of samples already there.
+def as_blocks(audio: Audio) -> Iterable[np.ndarray]:
+    """16 kHz mono float32 samples of a file, of its bytes, or of samples already there, in blocks (num_samples,).
 
     Raises:
         AudioError: the file cannot be read, or the array is not mono floating-point samples.
     """
     if not isinstance(audio, np.ndarray):
-        return read_audio(audio)
+        return read_blocks(audio)
     if audio.ndim != 1 or not np.issubdtype(audio.dtype, np.floating):
         raise AudioError(
             f"samples must be floating-point, mono and 16 kHz, shape (num_samples,), got {audio.dtype} {audio.shape}: "
@@ -402,7 +464,7 @@ def as_samples(audio: Audio) -> np.ndarray:
         )
     if not np.isfinite(audio).all():
         raise AudioError(f"{np.sum(~np.isfinite(audio))} of {len(audio)} samples are not finite numbers")
-    return audio.astype(np.float32, copy=False)
+    return [audio.astype(np.float32, copy=False)]
 
 
 def load(
@@ -428,7 +490,24 @@ def load(
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{place} has no usable processor (tokenizer and features): {_first_line(error)}") from error
     torch.nn.Module.to(network, torch_device)  # transformers' own `to` has lost its types
-    return Transcriber(network, processor)
+    return Transcriber(network, processor, language=_language(place))
+
+
+def _language(place: str) -> str | None:
+    """The language on the card of a model (the README's metadata), if it is a single one."""
+    card = cached_file(
+        place,
+        "README.md",
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    try:
+        languages = ((card and metadata_load(card)) or {}).get("language")
+    except (ValueError, YAMLError):  # metadata that are none
+        return None
+    if isinstance(languages, list) and len(languages) == 1:
+        languages = languages[0]
+    return languages if isinstance(languages, str) else None
 
 
 def _dtype(name: str | None) -> torch.dtype:

@@ -5,6 +5,7 @@ Shapes: T CTC frames, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -17,11 +18,14 @@ from leapasr.decoding.trace import TokenRecord
 from leapasr.model.processing import SpeechLlamaProcessor
 
 WORD_STARTS = ("▁", "Ġ")  # what tokenizers put before a word: SentencePiece's and byte-level BPE's
+LATENESS_SECONDS = 0.07  # by which the CTC head hears a token late; docs/everyday.md says how it was found
+PAUSE_SECONDS = 0.4  # silence between two tokens is heard as more than this
+TAIL_SECONDS = 0.1  # what a token before a pause lasts, once it has been heard
 
 
 @dataclass(frozen=True)
 class Word:
-    """A word with its punctuation, and where the CTC head hears it: seconds from the recording's start."""
+    """A word with its punctuation, and where it is said, by the CTC head: seconds from the recording's start."""
 
     text: str
     start: float
@@ -62,19 +66,26 @@ class Transcription:
 
     Attributes:
         segments: in order; silence has none.
-        audio_seconds: the recording's length.
+        audio_seconds: the recording's length, or that of the clips that were chosen from it.
         encoder_seconds, decoder_seconds: computing time, of features and encoder (a batch's is split over its
             rows by their lengths) and of decoding (a call's is split evenly over the rows that are being decoded).
+        language: that of the text, a code as in ``en``; None where the model does not say which one it writes.
     """
 
     segments: list[Segment]
     audio_seconds: float
     encoder_seconds: float
     decoder_seconds: float
+    language: str | None = None
 
     @property
     def text(self) -> str:
         return " ".join(segment.text for segment in self.segments if segment.text)
+
+    @property
+    def words(self) -> list[Word]:
+        """The words of all segments, with their times; empty unless they were asked for."""
+        return [word for segment in self.segments for word in segment.words]
 
     @property
     def tokens(self) -> list[int]:
@@ -110,7 +121,9 @@ def word_spans(pieces: Sequence[str]) -> list[tuple[int, int]]:
 def token_times(
     tokens: Sequence[int], ctc_log_probs_TV: Tensor, *, frame_rate: float, blank: int, start: float, end: float
 ) -> list[tuple[float, float]]:
-    """Where CTC hears each of `tokens`: seconds from the recording's start, from its first frame to behind its last.
+    """Where each of `tokens` is said: seconds from the recording's start.
+
+    A token begins a little before the CTC head hears it, and lasts until the next begins, or else there is a pause.
 
     Args:
         tokens: ids of a text, without end-of-text.
@@ -119,10 +132,18 @@ def token_times(
         start, end: where the audio lies in its recording, in seconds.
 
     Returns:
-        a pair for each token; none where the frames are too few for the tokens.
+        (start, end) of each token, rising; none where the frames are too few for the tokens.
     """
-    spans = align_ctc(ctc_log_probs_TV, tokens, blank=blank) or []
-    return [(min(start + first / frame_rate, end), min(start + stop / frame_rate, end)) for first, stop in spans]
+    spans = align_ctc(ctc_log_probs_TV, tokens, blank=blank)
+    if not spans:
+        return []
+    heard = [(first / frame_rate, stop / frame_rate) for first, stop in spans]
+    starts = [start + first - min(LATENESS_SECONDS, first / 2) for first, _ in heard]
+    times = []
+    for (_, stop), begin, following in zip(heard, starts, [*starts[1:], math.inf], strict=True):
+        until = following if following - start - stop <= PAUSE_SECONDS else start + stop + TAIL_SECONDS
+        times.append((min(begin, end), min(until, end)))
+    return times
 
 
 def timed_words(

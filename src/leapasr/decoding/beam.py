@@ -279,6 +279,7 @@ class BeamLoop(DecodingLoop):
         assert options.beam_size_used is not None
         self.size = options.beam_size_used
         self.num_guesses = options.num_heads_used(decoder.num_heads) - 1
+        self._drafting = self.num_guesses > 0
 
     def _new_row(self, key: int, prompt_length: int, guards: Guards, drafter: Drafter) -> _Search:  # type: ignore[override]
         root = _Node(None, -1, 0, drafter=drafter)
@@ -345,7 +346,7 @@ class BeamLoop(DecodingLoop):
             return [[] for _ in nodes]
         hidden_BD = torch.stack([node.parent.hidden for node in nodes])  # type: ignore[union-attr, misc]
         first_tokens_B = torch.tensor([node.token for node in nodes], device=self.decoder.device)
-        logits_BGV = self.decoder.draft_logits(hidden_BD, first_tokens_B, self.num_guesses)
+        logits_BGV = self.decoder.draft_logits(hidden_BD, first_tokens_B, self.num_guesses, exact=False)
         tokens_BG, log_probs_BG = best_tokens(logits_BGV)
         return [
             by_heads(tokens, map(math.exp, log_probs))

@@ -84,7 +84,7 @@ def align_ctc(log_probs_TV: Tensor, tokens: Sequence[int], *, blank: int) -> lis
     path = np.empty(T, dtype=int)
     for t in range(T - 1, -1, -1):
         path[t] = state
-        state -= steps_TS[t, state]
+        state -= int(steps_TS[t, state])
     spans = []
     for index in range(len(tokens)):
         frames = np.flatnonzero(path == 2 * index + 1)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from leapasr.decoding.cache import RaggedCache
+from leapasr.decoding.unembedding import RoughUnembedding
 from leapasr.model.draft_layers import DraftLayers, read_hidden
 from leapasr.model.mtp_heads import MTPHeads
 from leapasr.model.speech_llama import SpeechLlamaForConditionalGeneration
@@ -85,7 +86,13 @@ class Decoder(Protocol):
         """Embeddings (B, W, D) of token ids (B, W) at these places of their texts; begin-of-text lies at place 0."""
 
     def call(
-        self, embeddings_BWD: Tensor, positions_BW: Tensor, mask_B1WS: Tensor, cache: RaggedCache | None
+        self,
+        embeddings_BWD: Tensor,
+        positions_BW: Tensor,
+        mask_B1WS: Tensor,
+        cache: RaggedCache | None,
+        *,
+        drafting: bool = True,
     ) -> Tensor:
         """One forward pass: what the heads read of each input, (B, W, H), H as the decoder likes.
 
@@ -94,13 +101,20 @@ class Decoder(Protocol):
             positions_BW: the position of each; padding may lie beyond `max_positions`.
             mask_B1WS: additive, 0 where an input may look and the least finite value elsewhere.
             cache: written at the positions, not committed; None attends to the inputs alone.
+            drafting: whether heads 2..K will be asked, here or anywhere else with this cache.
         """
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Head 1's logits (..., V) from what `call` gave (..., H)."""
+    def be_rough(self, rough: bool) -> None:
+        """Whether logits that need not be exact are rough, where the decoder can do that."""
 
-    def draft_logits(self, hidden_BH: Tensor, first_tokens_B: Tensor, num_drafts: int) -> Tensor:
-        """Logits (B, J, V) of heads 2..J+1 from what `call` gave (B, H), where head 1 chose `first_tokens_B`."""
+    def logits(self, hidden: Tensor, *, exact: bool = True) -> Tensor:
+        """Head 1's logits (..., V) from what `call` gave (..., H); not exact, only the likeliest token has to be."""
+
+    def draft_logits(self, hidden_BH: Tensor, first_tokens_B: Tensor, num_drafts: int, *, exact: bool = True) -> Tensor:
+        """Logits (B, J, V) of heads 2..J+1 from what `call` gave (B, H), where head 1 chose `first_tokens_B`.
+
+        Not exact, they are as good as drafts need.
+        """
 
 
 class CausalLMDecoder:
@@ -128,6 +142,7 @@ class CausalLMDecoder:
         self.lm_head: nn.Linear = causal_lm.get_output_embeddings()
         self.embed_tokens: nn.Embedding = causal_lm.get_input_embeddings()  # type: ignore[assignment]
         self.mtp_heads, self.draft_layers = mtp_heads, draft_layers
+        self._rough: RoughUnembedding | None = None
         self.num_heads = 1 if mtp_heads is None else mtp_heads.num_heads
         self.max_positions: int = config.max_position_embeddings
         self.max_text = self.max_positions
@@ -143,11 +158,17 @@ class CausalLMDecoder:
         return self.embed_tokens(tokens_BW)
 
     def call(
-        self, embeddings_BWD: Tensor, positions_BW: Tensor, mask_B1WS: Tensor, cache: RaggedCache | None
+        self,
+        embeddings_BWD: Tensor,
+        positions_BW: Tensor,
+        mask_B1WS: Tensor,
+        cache: RaggedCache | None,
+        *,
+        drafting: bool = True,
     ) -> Tensor:
         return read_hidden(
             self.body,
-            self.draft_layers,
+            self.draft_layers if drafting else None,
             embeddings_BWD,
             position_ids=positions_BW,
             attention_mask=mask_B1WS,
@@ -155,14 +176,19 @@ class CausalLMDecoder:
             use_cache=cache is not None,
         )
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        return self.lm_head(hidden[..., : self.lm_head.in_features])
+    def be_rough(self, rough: bool) -> None:
+        self._rough = RoughUnembedding(self.lm_head) if rough and self.dtype.itemsize >= 4 else None
 
-    def draft_logits(self, hidden_BH: Tensor, first_tokens_B: Tensor, num_drafts: int) -> Tensor:
+    def logits(self, hidden: Tensor, *, exact: bool = True) -> Tensor:
+        own = hidden[..., : self.lm_head.in_features]
+        return self.lm_head(own) if exact or self._rough is None else self._rough.logits(own)
+
+    def draft_logits(self, hidden_BH: Tensor, first_tokens_B: Tensor, num_drafts: int, *, exact: bool = True) -> Tensor:
         assert self.mtp_heads is not None
         assert num_drafts < self.num_heads
         hidden_BD = hidden_BH[:, -self.lm_head.in_features :]
-        return self.mtp_heads.draft_logits(hidden_BD, first_tokens_B, self.lm_head, self.embed_tokens, num_drafts)
+        unembed = self.lm_head if exact or self._rough is None else self._rough.rough
+        return self.mtp_heads.draft_logits(hidden_BD, first_tokens_B, unembed, self.embed_tokens, num_drafts)
 
 
 class SpeechLlamaDecoder(CausalLMDecoder):

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from leapasr.decoding.cache import RaggedCache
-from leapasr.decoding.costs import FREE, CallCosts, num_worth_drafting
+from leapasr.decoding.costs import FREE, NUM_MISTAKES, CallCosts, num_worth_drafting
 from leapasr.decoding.drafts import Drafter, MTPDrafter
 from leapasr.decoding.guards import Guards, guard_rows
 from leapasr.decoding.interface import Decoder, Prompts
@@ -31,7 +31,6 @@ from leapasr.decoding.strategies import Strategy, build_strategy
 from leapasr.decoding.trace import DraftToken, TokenRecord
 from leapasr.model.speech_llama import join_positions, join_rows
 
-MOST_MISTAKES = 8  # of a draft, at which head 2 is asked what comes behind
 MAX_VOCAB_SIZE = 2**24  # ids travel to the host as float32, which is exact up to here
 
 
@@ -178,6 +177,7 @@ class DecodingLoop:
         self.decoder = decoder
         self.options = options
         self.strategy = strategy or build_strategy(options, decoder.num_heads)
+        self._drafting = self.strategy.num_guesses > 0
         self._rows: list[_Row] = []
         self._cache: RaggedCache | None = None
         self._waiting: deque[tuple[list[_Row], Prompts]] = deque()
@@ -292,7 +292,7 @@ class DecodingLoop:
         positions_BW, mask_B1WS = cache.plan(embeddings_BWD.shape[1], self.decoder.dtype)
         if prompts is not None and prompts.positions_BL is not None:
             positions_BW = join_positions(prompts.positions_BL, prompts.lengths_B, embeddings_BWD.shape[1])
-        return self.decoder.call(embeddings_BWD, positions_BW, mask_B1WS, cache)
+        return self.decoder.call(embeddings_BWD, positions_BW, mask_B1WS, cache, drafting=self._drafting)
 
     def _draft(self, row: _Row) -> Sequence[DraftToken]:
         """What the row's next call verifies: nothing that could not be emitted."""
@@ -341,7 +341,7 @@ class DecodingLoop:
             hidden_BRD = hidden_BWD[rows_B[:, None], index_BR.clamp_(max=W - 1)]
         else:
             hidden_BRD = hidden_BWD
-        logits_BRV = self.decoder.logits(hidden_BRD)
+        logits_BRV = self.decoder.logits(hidden_BRD, exact=self.strategy.accepts_other_tokens)
         tokens_BR, log_probs_BR = best_tokens(logits_BRV)
         stands_BJ = self.strategy.agrees(draft_BJ, tokens_BR[:, :-1], logits_BRV[:, :-1]).long().cumprod(-1)
         num_accepted_B = stands_BJ.sum(-1)
@@ -356,7 +356,7 @@ class DecodingLoop:
         if G:
             columns += self._guess(hidden_BRD[rows_B, num_accepted_B], tokens_BR[rows_B, num_accepted_B], G)
         if self.strategy.reads_along:
-            places_BM = _first_places(draft_BJ != tokens_BR[:, :-1], MOST_MISTAKES)
+            places_BM = _first_places(draft_BJ != tokens_BR[:, :-1], NUM_MISTAKES)
             hidden_ND = hidden_BRD[rows_B[:, None], places_BM].flatten(0, 1)
             following = self._guess(hidden_ND, tokens_BR.gather(1, places_BM).flatten(), 1)
             columns += [places_BM, *(column.view(places_BM.shape) for column in following)]
@@ -371,7 +371,8 @@ class DecodingLoop:
 
     def _guess(self, hidden_BH: Tensor, tokens_B: Tensor, num_guesses: int) -> list[Tensor]:
         """What heads 2, 3, … say behind these tokens of head 1: ids and probabilities (B, G)."""
-        guesses_BG, log_probs_BG = best_tokens(self.decoder.draft_logits(hidden_BH, tokens_B, num_guesses))
+        logits_BGV = self.decoder.draft_logits(hidden_BH, tokens_B, num_guesses, exact=self.strategy.trusts_heads)
+        guesses_BG, log_probs_BG = best_tokens(logits_BGV)
         return [guesses_BG, log_probs_BG.exp()]
 
     @staticmethod

@@ -219,5 +219,8 @@ class DecodingResult:
 
     @property
     def log_probabilities(self) -> list[float | None]:
-        """Head 1's natural-log probability of each of `tokens`; None where it was trusted unverified."""
+        """Head 1's natural-log probability of each of `tokens`; None where it was trusted unverified.
+
+        Of a beam search to float32's precision, else to about 0.01 (`decoding.unembedding`).
+        """
         return [record.log_probability for record in self.trace[: len(self.tokens)]]

@@ -23,12 +23,14 @@ class Strategy:
         reads_along: whether to evaluate head 2 along the draft, too, not only behind what stands.
         num_further: heads behind head 1 to evaluate at the draft's end.
         accepts_other_tokens: whether a drafted token that stands may be another than head 1's best.
+        trusts_heads: whether guesses of heads 2..K may be emitted unchecked.
     """
 
     num_guesses = 0
     reads_along = False
     num_further = 0
     accepts_other_tokens = False
+    trusts_heads = False
 
     def propose(self, drafter: Drafter, emitted: Sequence[int], guesses: Sequence[DraftToken]) -> Sequence[DraftToken]:
         """The tokens that the next call is to verify in one row."""
@@ -58,6 +60,8 @@ class Threshold(Strategy):
 
     A threshold above 1 trusts none and is `Autoregressive`.
     """
+
+    trusts_heads = True
 
     def __init__(self, num_guesses: int, threshold: float):
         self.num_guesses = num_guesses

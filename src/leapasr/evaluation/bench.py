@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import statistics
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ from leapasr.data.manifests import read_manifest
 from leapasr.evaluation.evaluate import reference_of, samples_of
 from leapasr.evaluation.scoring import count_errors
 from leapasr.evaluation.systems import AUTOREGRESSIVE, GENERATE, GreedyCTC, Leapasr, Run, System
+from leapasr.running import timed
 from leapasr.text import NORMALIZER
 from leapasr.transcriber import Transcriber
 
@@ -167,6 +167,7 @@ def bench(
     """
     if rounds < 1 or not batch_sizes or min(batch_sizes) < 1:
         raise ValueError(f"rounds and batch sizes must be at least 1, got {rounds} and {list(batch_sizes)}")
+    transcriber.costs  # noqa: B018 (measured now, so that no turn is longer for it)
     entries: dict[tuple[int, int], _Entry] = {}
     for turn in range(rounds + 1):
         for batch_size in batch_sizes:
@@ -175,11 +176,9 @@ def bench(
                     continue
                 entry = entries.setdefault((batch_size, index), _Entry())
                 if turn:
-                    start = time.perf_counter()
-                    run = system.run(utterances.samples, batch_size)
-                    _finish(transcriber.model.device)
-                    entry.seconds.append(time.perf_counter() - start)
-                    entry.runs.append(run)
+                    with timed(transcriber.model.device) as timer:
+                        entry.runs.append(system.run(utterances.samples, batch_size))
+                    entry.seconds.append(timer.seconds)
                 else:
                     _observe(entry, system, transcriber, utterances.samples, batch_size)
                 if progress:
@@ -209,20 +208,18 @@ def _forward_seconds(transcriber: Transcriber) -> Iterator[list[float]]:
     seconds: list[float] = []
     decoder: Any = transcriber.decoder
 
-    def timed(function: Callable) -> Callable:
+    def watched(function: Callable) -> Callable:
         def run(*args: Any, **given: Any) -> Any:
-            _finish(decoder.device)
-            start = time.perf_counter()
-            result = function(*args, **given)
-            _finish(decoder.device)
-            seconds.append(time.perf_counter() - start)
+            with timed(decoder.device) as timer:
+                result = function(*args, **given)
+            seconds.append(timer.seconds)
             return result
 
         return run
 
     names = ("call", "logits", "draft_logits")
     for name in names:
-        setattr(decoder, name, timed(getattr(decoder, name)))
+        setattr(decoder, name, watched(getattr(decoder, name)))
     try:
         yield seconds
     finally:
@@ -249,11 +246,6 @@ def _peak_memory(device: torch.device) -> Iterator[Callable[[], float | None]]:
         return int(fields["VmHWM"].split()[0]) * 1024 / 1e6 if "VmHWM" in fields else None
 
     yield peak
-
-
-def _finish(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _rows(

@@ -16,7 +16,7 @@ from leapasr.evaluation.bench import BenchRow
 def bench_table(rows: Sequence[BenchRow]) -> Table:
     """A row a system and batch size, for people to read."""
     table = Table(
-        "system", "batch", "RTFx (range)", "encoder s", "decoder s", "decoder against generate", "all of it",
+        "system", "batch", "RTFx (range)", "encoder s", "decoder s", "decoder vs generate", "all vs generate",
         "overhead", "tokens per call", "WER", "same tokens", "MB",
     )  # fmt: skip
     for row in rows:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,7 +11,8 @@ import numpy as np
 from leapasr.chunks import by_length
 from leapasr.decoding import DecodingOptions
 from leapasr.evaluation.peers import FasterWhisper, generate
-from leapasr.transcriber import EncodedBatch, Transcriber
+from leapasr.running import EncodedBatch, timed
+from leapasr.transcriber import Transcriber
 
 STRATEGIES = (
     DecodingOptions(strategy="autoregressive"),
@@ -114,7 +114,10 @@ class Generate(System):
 
         def decode(batch: EncodedBatch) -> list[list[int]]:
             written = generate(self.transcriber.model, batch.prompts, max_tokens=max(batch.max_tokens), **options)
-            return [[token for token in row if token not in ends] for row in written]
+            return [
+                [token for token in row[:most] if token not in ends]
+                for row, most in zip(written, batch.max_tokens, strict=True)
+            ]
 
         return _by_batches(self.transcriber, samples, batch_size, decode)
 
@@ -139,20 +142,21 @@ def _by_batches(
     decode: Callable[[EncodedBatch], list[list[int]]],
 ) -> Run:
     """Encode batches of like length and let `decode` write the ids of each."""
-    run = Run([""] * len(samples), [[] for _ in samples], None, 0.0, 0.0)
-    assert run.tokens is not None
+    texts = [""] * len(samples)
+    tokens: list[list[int]] = [[] for _ in samples]
+    encoder_seconds = decoder_seconds = 0.0
     pieces: list[tuple[int, float, list[int]]] = []
     for chunks in by_length(transcriber.cut(enumerate(samples)), batch_size):
         batch = transcriber.encode(chunks)
-        run.encoder_seconds += batch.seconds  # type: ignore[operator]
-        start = time.perf_counter()
-        written = decode(batch)
-        run.decoder_seconds += time.perf_counter() - start  # type: ignore[operator]
-        pieces += [(chunk.recording, chunk.start, tokens) for chunk, tokens in zip(chunks, written, strict=True)]
-    for index, _, tokens in sorted(pieces, key=lambda piece: piece[:2]):
-        run.tokens[index] += tokens
-        run.texts[index] = f"{run.texts[index]} {transcriber.processor.decode_text(tokens)}".strip()
-    return run
+        with timed(transcriber.model.device) as timer:
+            written = decode(batch)
+        encoder_seconds += batch.seconds
+        decoder_seconds += timer.seconds
+        pieces += [(chunk.recording, chunk.start, ids) for chunk, ids in zip(chunks, written, strict=True)]
+    for index, _, ids in sorted(pieces, key=lambda piece: piece[:2]):
+        tokens[index] += ids
+        texts[index] = f"{texts[index]} {transcriber.processor.decode_text(ids)}".strip()
+    return Run(texts, tokens, None, encoder_seconds, decoder_seconds)
 
 
 def build_systems(
@@ -163,6 +167,7 @@ def build_systems(
         GreedyCTC(transcriber),
         *(Leapasr(transcriber, options) for options in strategies),
         Generate(transcriber),
-        Generate(transcriber, lookup=8),
+        # its assisted generation goes wrong with a cache that something was put into before
+        *([] if transcriber.model.config.speech_as_memory else [Generate(transcriber, lookup=8)]),
         *map(Whisper, peers),
     ]

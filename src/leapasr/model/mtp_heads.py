@@ -9,6 +9,7 @@ Shapes: B rows, L positions, D model width, V vocabulary, J drafted tokens.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +37,12 @@ class MTPHeads(nn.Module, ABC):
 
     @abstractmethod
     def draft_logits(
-        self, hidden_BD: Tensor, first_tokens_B: Tensor, lm_head: nn.Linear, embed_tokens: nn.Embedding, num_drafts: int
+        self,
+        hidden_BD: Tensor,
+        first_tokens_B: Tensor,
+        lm_head: Callable[[Tensor], Tensor],
+        embed_tokens: nn.Embedding,
+        num_drafts: int,
     ) -> Tensor:
         """Logits (B, J, V) of heads 2..J+1 after head 1's choice `first_tokens_B`; later heads follow greedily."""
 
@@ -72,15 +78,16 @@ class LatentHeads(MTPHeads):
         super().__init__(num_heads)
         self.expansion = nn.Linear(hidden_size, (num_heads - 1) * hidden_size, bias=False)
 
-    def expand(self, hidden: Tensor) -> Tensor:
-        """States of heads 2..K: (..., D) → (..., K − 1, D)."""
-        return self.expansion(hidden).unflatten(-1, (self.num_heads - 1, hidden.shape[-1]))
+    def expand(self, hidden: Tensor, num_drafts: int) -> Tensor:
+        """States of heads 2..J+1: (..., D) → (..., J, D)."""
+        D = hidden.shape[-1]
+        return nn.functional.linear(hidden, self.expansion.weight[: num_drafts * D]).unflatten(-1, (num_drafts, D))
 
     def training_logits(self, hidden_BLD, next_embeddings_BLD, lm_head):
-        return list(lm_head(self.expand(hidden_BLD)).unbind(-2))
+        return list(lm_head(self.expand(hidden_BLD, self.num_heads - 1)).unbind(-2))
 
     def draft_logits(self, hidden_BD, first_tokens_B, lm_head, embed_tokens, num_drafts):
-        return lm_head(self.expand(hidden_BD)[:, :num_drafts])
+        return lm_head(self.expand(hidden_BD, num_drafts))
 
     def reset_from(self, lm_head):
         D = self.expansion.in_features
@@ -90,8 +97,8 @@ class LatentHeads(MTPHeads):
 class ResidualHeads(LatentHeads):
     """E·(h + SiLU(W_k h)): Medusa's residual block before the shared unembedding."""
 
-    def expand(self, hidden):
-        return hidden.unsqueeze(-2) + nn.functional.silu(super().expand(hidden))
+    def expand(self, hidden, num_drafts):
+        return hidden.unsqueeze(-2) + nn.functional.silu(super().expand(hidden, num_drafts))
 
     def reset_from(self, lm_head):
         self.expansion.weight.data.zero_()

@@ -11,8 +11,9 @@ from dataclasses import dataclass, field, replace
 
 from leapasr.chunks import Chunk
 from leapasr.decoding import DecodingOptions
+from leapasr.running import DecodedChunk
 from leapasr.serving.metrics import Metrics
-from leapasr.transcriber import DecodedChunk, Transcriber
+from leapasr.transcriber import Transcriber
 from leapasr.transcription import Segment
 
 log = logging.getLogger(__name__)
