@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -59,7 +59,7 @@ class DecodedChunk:
 
 
 class RunningBatch:
-    """Chunks that are being decoded together; more may join at any time (continuous batching).
+    """Chunks that are being decoded together; more may join, and some may leave, at any time (continuous batching).
 
     What a chunk gets does not depend on the chunks beside it.
 
@@ -88,6 +88,13 @@ class RunningBatch:
             keys = self._loop.add(batch.prompts, max_tokens=batch.max_tokens, drafters=drafters)
         self._rows |= {key: (batch, row) for row, key in enumerate(keys)}
         self._seconds |= dict.fromkeys(keys, timer.seconds / max(1, len(keys)))
+
+    def drop(self, chunks: Collection[Chunk]) -> None:
+        """Let `chunks` leave before they are done; the others get what they would have got."""
+        keys = [key for key, (batch, row) in self._rows.items() if batch.chunks[row] in chunks]
+        self._loop.drop(keys)
+        for key in keys:
+            del self._rows[key], self._seconds[key]
 
     def step(self) -> list[DecodedChunk]:
         """One decoder call: gives the chunks that it ended."""
