@@ -17,12 +17,14 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import soundfile
+import torch
 import uvicorn
 from fastapi.testclient import TestClient
 
 from leapasr.audio import SAMPLE_RATE
 from leapasr.chunks import Chunk
 from leapasr.decoding import DecodingOptions
+from leapasr.running import RunningBatch
 from leapasr.serving.app import PAGE, build_app
 from leapasr.serving.batcher import Batcher
 from leapasr.serving.limits import Limits
@@ -33,12 +35,14 @@ from leapasr.subtitles import render
 from leapasr.transcriber import Transcriber, load
 
 URL, NAME = "/v1/audio/transcriptions", "tiny"
+OPTIONS = DecodingOptions(draft_length="full")  # calls then do not depend on what is decoded beside them
 TRACE = {"response_format": "verbose_json", "include[]": "trace"}
 
 
 @pytest.fixture(scope="module")
 def transcriber(tiny_model_folder) -> Transcriber:
-    return load(tiny_model_folder, device="cpu")
+    made = load(tiny_model_folder, device="cpu")
+    return Transcriber(made.model, made.processor, language="en")
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +62,7 @@ def encoded(samples: np.ndarray, format: str) -> bytes:
 
 
 def make_service(transcriber: Transcriber, *, batch_size: int = 4, **limits) -> Service:
-    return Service(transcriber, name=NAME, options=DecodingOptions(), batch_size=batch_size, limits=Limits(**limits))
+    return Service(transcriber, name=NAME, options=OPTIONS, batch_size=batch_size, limits=Limits(**limits))
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +151,7 @@ def test_verbose_json(client, transcriber, flac):
     result = transcriber.transcribe(audio, word_times=True)
     verbose = post(client, audio, response_format="verbose_json").json()
     assert (verbose["text"], verbose["duration"], "words" in verbose) == (result.text, 2.5, False)
+    assert verbose["language"] == "english"
     assert [(each["start"], each["end"], each["text"], each["tokens"]) for each in verbose["segments"]] == [
         (round(each.start, 3), round(each.end, 3), each.text, each.tokens) for each in result.segments
     ]
@@ -166,7 +171,7 @@ def test_verbose_json(client, transcriber, flac):
 
 def test_trace(client, transcriber, flac):
     audio = flac(2.5, 1)
-    result = transcriber.transcribe(audio, word_times=True)
+    result = transcriber.transcribe(audio, OPTIONS, word_times=True)
     trace = post(client, audio, **TRACE).json()["leapasr"]
     assert (trace["decoder_calls"], trace["num_tokens"]) == (result.decoder_calls, result.num_tokens)
     assert sum(int(length) * count for length, count in trace["accept_lengths"].items()) == result.num_tokens
@@ -208,6 +213,30 @@ def test_silence(client):
     assert post(client, audio, **TRACE).json()["leapasr"]["num_tokens"] == 0
 
 
+def test_where_nobody_speaks_there_is_no_text(client, transcriber, flac, monkeypatch):
+    """As `leapasr transcribe` does, the server leaves out chunks in which the CTC head hears nothing."""
+    encode, blank = transcriber.encode, transcriber.model.config.blank_token_id
+
+    def deaf(chunks):
+        batch = encode(chunks)
+        with torch.inference_mode():
+            for row, chunk in enumerate(chunks):
+                if chunk.start < 1:
+                    batch.ctc_logits_BTV[row, :, blank] = 1e4
+        return batch
+
+    audio = flac(4, 3)
+    everything = transcriber.transcribe(audio)
+    monkeypatch.setattr(transcriber, "encode", deaf)
+    heard = transcriber.transcribe(audio)
+    assert len(everything.segments) > len(heard.segments) > 1
+    verbose = post(client, audio, response_format="verbose_json").json()
+    assert (verbose["text"], len(verbose["segments"])) == (heard.text, len(heard.segments))
+    assert verbose["duration"] == 4
+    *deltas, done = events_of(post(client, audio, stream="true").text)
+    assert "".join(event["delta"] for event in deltas) == done["text"] == heard.text
+
+
 @pytest.mark.parametrize("name", ["../../etc/passwd", "/dev/null", "a\x00b", "C:\\x", "x" * 1000, "ü.flac", "-"])
 def test_a_file_name_is_only_a_name(client, transcriber, flac, name):
     response = post(client, flac(1, 2), name)
@@ -217,8 +246,8 @@ def test_a_file_name_is_only_a_name(client, transcriber, flac, name):
 @pytest.mark.parametrize(
     ("fields", "message", "param"),
     [
-        ({"language": "de"}, "language: this model writes 'en' only, got 'de'", "language"),
-        ({"prompt": "Dear Sir"}, "prompt: this model takes no prompt: leave it out, got 'Dear Sir'", "prompt"),
+        ({"language": "de"}, "language: language 'de' asked for, but the model writes 'en' alone", "language"),
+        ({"prompt": "Dear Sir"}, "prompt: initial prompt 'Dear Sir' given, but the model takes none", "prompt"),
         ({"temperature": "0.2"}, "nothing is sampled: leave it out, or give 0, got '0.2'", "temperature"),
         ({"temperature": "warm"}, "temperature: Input should be a valid number.*'warm'", "temperature"),
         ({"response_format": "diarized_json"}, "response_format: Input should be 'json'.*'diarized", "response_format"),
@@ -242,8 +271,16 @@ def test_what_cannot_be_honoured_is_refused(client, flac, fields, message, param
 
 
 def test_what_says_nothing_new_is_taken(client, flac):
-    fields = {"language": "en", "prompt": "", "temperature": "0", "chunking_strategy": "auto", "model": NAME}
-    assert post(client, flac(0.5), **fields).status_code == 200
+    fields = {"prompt": "", "temperature": "0", "chunking_strategy": "auto", "model": NAME}
+    for language in ("en", "English"):
+        assert post(client, flac(0.5), language=language, **fields).status_code == 200
+
+
+def test_a_language_that_is_not_known(tiny_model_folder, flac):
+    with TestClient(build_app(make_service(load(tiny_model_folder, device="cpu")), api_key=None)) as client:
+        assert post(client, flac(0.5), response_format="verbose_json").json()["language"] is None
+        error = refusal(post(client, flac(0.5), language="en"), 400)
+        assert "the model does not let one choose" in error["message"]
 
 
 BOUNDARY = {"Content-Type": "multipart/form-data; boundary=b"}
@@ -484,8 +521,8 @@ def test_requests_take_turns(transcriber, babble, gate):
     order = []
 
     async def collect(batcher: Batcher, name: str, num_chunks: int) -> None:
-        segments = [each.segment async for each in batcher.segments(chunks_of(babble, num_chunks), word_times=False)]
-        assert [segment.start for segment in segments] == list(range(num_chunks))
+        heard = [each async for each in batcher.heard(chunks_of(babble, num_chunks), word_times=False)]
+        assert [each.start for each in heard] == list(range(num_chunks))
         order.append(name)
 
     async def run() -> None:
@@ -505,13 +542,53 @@ def test_requests_take_turns(transcriber, babble, gate):
     assert order == ["short", "long"]
 
 
+def test_what_is_decoded_for_a_client_leaves_with_it(transcriber, babble, monkeypatch):
+    """Its rows leave the batch in the middle of their texts; the row beside them goes on as if nothing were."""
+    options = DecodingOptions(strategy="autoregressive")
+    ours = [Chunk(0, 0.0, babble(1.2, 7))]
+    (expected,) = transcriber.decode(transcriber.encode(ours), options).results
+    sizes, step, reached, opened = [], RunningBatch.step, threading.Event(), threading.Event()
+
+    def step_and_wait(running: RunningBatch):
+        sizes.append(len(running))
+        finished = step(running)
+        if len(sizes) == 2:
+            reached.set()
+            assert opened.wait(60)
+        return finished
+
+    monkeypatch.setattr(RunningBatch, "step", step_and_wait)
+
+    async def hear(batcher: Batcher, chunks: list[Chunk]) -> list[list[int]]:
+        return [each.segment.tokens async for each in batcher.heard(chunks, word_times=False)]
+
+    async def run() -> list[list[int]]:
+        batcher = Batcher(transcriber, options, batch_size=4)
+        leaving = asyncio.create_task(hear(batcher, chunks_of(babble, 3)))
+        staying = asyncio.create_task(hear(batcher, ours))
+        while batcher.num_waiting < 4:
+            await asyncio.sleep(0.01)
+        batcher.start(Metrics(num_requests=lambda: 0, num_chunks=lambda: batcher.num_waiting))
+        await asyncio.to_thread(reached.wait)
+        leaving.cancel()
+        await asyncio.gather(leaving, return_exceptions=True)
+        opened.set()
+        tokens = await staying
+        await asyncio.to_thread(batcher.close)
+        return tokens
+
+    assert asyncio.run(run()) == [expected.tokens]
+    assert sizes[:2] == [4, 4]
+    assert sizes[2:] == [1] * (expected.num_calls - 2)
+
+
 def test_closing_ends_what_waits(transcriber, babble, gate):
     async def run() -> int:
         batcher = Batcher(transcriber, DecodingOptions(), batch_size=2)
         batcher.start(Metrics(num_requests=lambda: 0, num_chunks=lambda: batcher.num_waiting))
 
         async def count() -> int:
-            return len([each async for each in batcher.segments(chunks_of(babble, 7), word_times=False)])
+            return len([each async for each in batcher.heard(chunks_of(babble, 7), word_times=False)])
 
         counted = asyncio.create_task(count())
         await asyncio.to_thread(gate.reached.wait)
@@ -574,7 +651,7 @@ def test_the_openai_client_works_unchanged(transcriber, flac):
         assert [segment.text for segment in verbose.segments] == [segment.text for segment in result.segments]
         *deltas, done = create(model=NAME, file=file, stream=True)
         assert "".join(event.delta for event in deltas) == done.text == result.text
-        with pytest.raises(openai.BadRequestError, match="takes no prompt") as caught:
+        with pytest.raises(openai.BadRequestError, match="the model takes none") as caught:
             create(model=NAME, file=file, prompt="Dear Sir")
         assert caught.value.param == "prompt"
         with pytest.raises(openai.NotFoundError, match="this server has 'tiny'"):

@@ -15,13 +15,13 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.requests import ClientDisconnect
 
 import leapasr
-from leapasr.serving.batcher import DecodedSegment
+from leapasr.serving.batcher import HeardChunk
 from leapasr.serving.errors import ApiError, ErrorBody, add_error_handlers
 from leapasr.serving.form import TranscriptionForm, receive_form
 from leapasr.serving.limits import check_key, deadline
 from leapasr.serving.metrics import CountedResponses
 from leapasr.serving.responses import MEDIA_TYPES, body, event, respond
-from leapasr.serving.service import Recording, Service, joined
+from leapasr.serving.service import Recording, Service
 from leapasr.transcription import Transcription
 
 PAGE = importlib.resources.files("leapasr.serving") / "page"
@@ -81,6 +81,7 @@ def build_app(service: Service, *, api_key: str | None) -> FastAPI:
             form = await receive_form(request, max_bytes=service.limits.upload_bytes)
         if form.model not in (None, service.name):
             raise _unknown_model(form.model, service)
+        service.check(language=form.language, prompt=form.prompt)
         recording = await _unless_gone(request, service.open(form.file, until=until, held=held))
         if form.stream:
             events = _events(service, recording, form, until)
@@ -145,29 +146,30 @@ def _unknown_model(name: str | None, service: Service) -> ApiError:
 
 
 async def _transcribe(service: Service, recording: Recording, form: TranscriptionForm, until: float) -> Transcription:
-    segments = service.segments(recording, word_times=form.needs_word_times, until=until)
-    return joined(recording, [segment async for segment in segments])
+    heard = service.heard(recording, word_times=form.needs_word_times, until=until)
+    return service.joined(recording, [chunk async for chunk in heard])
 
 
 async def _events(
     service: Service, recording: Recording, form: TranscriptionForm, until: float
 ) -> AsyncGenerator[str, None]:
     """A delta for each segment, then the whole; an error that comes now is an event, too."""
-    decoded: list[DecodedSegment] = []
+    heard: list[HeardChunk] = []
+    has_text = False
     try:
-        async for each in service.segments(recording, word_times=form.needs_word_times, until=until):
-            has_text = any(earlier.segment.text for earlier in decoded)
-            decoded.append(each)
-            if each.segment.text:
-                delta = f" {each.segment.text}" if has_text else each.segment.text
-                place = {"end": each.segment.end, "duration": recording.seconds}
+        async for chunk in service.heard(recording, word_times=form.needs_word_times, until=until):
+            heard.append(chunk)
+            if chunk.segment and chunk.segment.text:
+                delta = f" {chunk.segment.text}" if has_text else chunk.segment.text
+                has_text = True
+                place = {"end": chunk.segment.end, "duration": recording.seconds}
                 yield event(
                     {"type": "transcript.text.delta", "delta": delta} | ({"leapasr": place} if form.include else {})
                 )
     except ApiError as error:
         yield event(error.body)
         return
-    whole = await asyncio.to_thread(body, joined(recording, decoded), form, service.transcriber.processor)
+    whole = await asyncio.to_thread(body, service.joined(recording, heard), form, service.transcriber.processor)
     yield event({"type": "transcript.text.done"} | whole)
 
 

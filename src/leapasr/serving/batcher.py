@@ -24,10 +24,11 @@ class DecodingError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class DecodedSegment:
-    """A segment, and the seconds that features and encoder, and decoding, took for it."""
+class HeardChunk:
+    """What is said in the chunk that begins at `start` (None: nothing), and the seconds that it took to find out."""
 
-    segment: Segment
+    start: float
+    segment: Segment | None
     encoder_seconds: float
     decoder_seconds: float
 
@@ -39,10 +40,10 @@ class _Job:
     word_times: bool
     loop: asyncio.AbstractEventLoop
     waiting: deque[Chunk[_Job]] = field(default_factory=deque)
-    done: asyncio.Queue[DecodedSegment | DecodingError] = field(default_factory=asyncio.Queue)
+    done: asyncio.Queue[HeardChunk | DecodingError] = field(default_factory=asyncio.Queue)
     is_left: bool = False
 
-    def deliver(self, result: DecodedSegment | DecodingError) -> None:
+    def deliver(self, result: HeardChunk | DecodingError) -> None:
         """From the decoding thread."""
         self.loop.call_soon_threadsafe(self.done.put_nowait, result)
 
@@ -53,7 +54,7 @@ class Batcher:
     Requests take turns, a chunk each, so that a short recording does not wait for the end of a long one.
 
     Args:
-        transcriber: the decoding thread encodes and decodes with it, and nobody else may.
+        transcriber: the decoding thread encodes and decodes with it.
         options: how to decode.
         batch_size: most chunks in the batch.
 
@@ -93,17 +94,17 @@ class Batcher:
             self._changed.notify()
         self._thread.join()
 
-    async def segments(self, chunks: Sequence[Chunk], *, word_times: bool) -> AsyncGenerator[DecodedSegment, None]:
+    async def heard(self, chunks: Sequence[Chunk], *, word_times: bool) -> AsyncGenerator[HeardChunk, None]:
         """What is said in the chunks of a recording, in their order, each as soon as it and those before are decoded.
 
-        Leaving the iteration early takes what still waits out of the queue; what is in the batch ends there unheard.
+        Leaving the iteration early takes what still waits out of the queue, and out of the batch before its next call.
 
         Raises:
             DecodingError: the model failed.
         """
         job = _Job(word_times, asyncio.get_running_loop())
         job.waiting.extend(replace(chunk, recording=job) for chunk in chunks)
-        early: dict[float, DecodedSegment] = {}
+        early: dict[float, HeardChunk] = {}
         try:
             if chunks:
                 with self._changed:
@@ -114,7 +115,7 @@ class Batcher:
                     result = await job.done.get()
                     if isinstance(result, DecodingError):
                         raise result
-                    early[result.segment.start] = result
+                    early[result.start] = result
                 yield early.pop(chunk.start)
         finally:
             with self._changed:
@@ -125,12 +126,17 @@ class Batcher:
 
     def _run(self) -> None:
         finished: deque[DecodedChunk] = deque()
-        while (chunks := self._take()) or self._running:
+        while self._waits_for_work():
+            chunks: list[Chunk[_Job]] = []
             try:
+                self._running.drop([chunk for chunk in self._running.chunks if chunk.recording.is_left])
+                chunks = self._take()
                 if chunks:
                     self._running.add(self.transcriber.encode(chunks))
-                self._metrics.batch_size.observe(len(chunks) or len(self._running))  # who joins has a call of their own
-                finished.extend(self._running.step())
+                if self._running:
+                    size = len(chunks) or len(self._running)  # who joins has a call of their own
+                    self._metrics.batch_size.observe(size)
+                    finished.extend(self._running.step())
                 while finished:
                     self._finish(finished[0])
                     finished.popleft()
@@ -140,12 +146,17 @@ class Batcher:
                 self._running = self.transcriber.running(self.options)
                 finished.clear()
 
+    def _waits_for_work(self) -> bool:
+        """Waits until there is something to decode; False where there is nothing left, and nothing to come."""
+        with self._changed:
+            while not (self._jobs or self._running or self._is_closing):
+                self._changed.wait()
+            return bool(self._jobs or self._running)
+
     def _take(self) -> list[Chunk[_Job]]:
-        """Chunks for the free places, once half are free; waits while there is nothing to do."""
+        """Chunks for the free places, once half are free."""
         num_running = len(self._running)
         with self._changed:
-            while not (self._jobs or num_running or self._is_closing):
-                self._changed.wait()
             chunks: list[Chunk[_Job]] = []
             if num_running <= self.batch_size // 2:
                 while self._jobs and num_running + len(chunks) < self.batch_size:
@@ -159,8 +170,9 @@ class Batcher:
         job: _Job = done.chunk.recording
         self._metrics.observe(done)
         if not job.is_left:
-            segment = self.transcriber.segment(done, word_times=job.word_times)
-            job.deliver(DecodedSegment(segment, done.encoder_seconds, done.seconds))
+            speaks = self.transcriber.hears_speech(done)
+            segment = self.transcriber.segment(done, word_times=job.word_times) if speaks else None
+            job.deliver(HeardChunk(done.chunk.start, segment, done.encoder_seconds, done.seconds))
 
     def _fail(self, chunks: Iterable[Chunk[_Job]]) -> None:
         """Tell the requests that these chunks are of."""

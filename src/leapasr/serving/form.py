@@ -16,7 +16,6 @@ from leapasr.serving.errors import ApiError
 
 MAX_FIELDS = 32
 MAX_FIELD_BYTES = 65_536
-LANGUAGE, LANGUAGE_NAME = "en", "english"  # the one that the model writes
 
 ResponseFormat = Literal["json", "text", "srt", "verbose_json", "vtt"]
 
@@ -34,18 +33,11 @@ class TranscriptionForm(BaseModel):
     response_format: ResponseFormat = "json"
     timestamp_granularities: list[Literal["word", "segment"]] = Field([], alias="timestamp_granularities[]")
     stream: bool = Field(False, description="Server-sent events, a piece of text each.")
-    language: str | None = Field(None, description=f"None but '{LANGUAGE}'.")
+    language: str | None = Field(None, description="A code or an English name; refused unless it is the model's.")
     temperature: float = Field(0.0, description="None but 0: the likeliest text.")
-    prompt: str = Field("", max_length=0, description="None: the model takes no prompt.")
+    prompt: str = Field("", description="Text to go on from; refused if the model takes none.")
     chunking_strategy: Literal["auto"] = "auto"
     include: list[Literal["trace"]] = Field([], alias="include[]")
-
-    @field_validator("language")
-    @classmethod
-    def _is_written(cls, language: str | None) -> str | None:
-        if language not in (None, LANGUAGE):
-            raise ValueError(f"this model writes '{LANGUAGE}' only")
-        return language
 
     @field_validator("temperature")
     @classmethod
@@ -53,13 +45,6 @@ class TranscriptionForm(BaseModel):
         if temperature != 0:
             raise ValueError("the likeliest text is given, nothing is sampled: leave it out, or give 0")
         return temperature
-
-    @field_validator("prompt", mode="before")
-    @classmethod
-    def _is_empty(cls, prompt: str) -> str:
-        if prompt:
-            raise ValueError("this model takes no prompt: leave it out")
-        return prompt
 
     @model_validator(mode="after")
     def _fits(self) -> TranscriptionForm:

@@ -11,11 +11,12 @@ from typing import Any
 
 from fastapi import Response
 from fastapi.responses import JSONResponse, PlainTextResponse
+from transformers.models.whisper.tokenization_whisper import LANGUAGES
 
 from leapasr.decoding.trace import TokenRecord, accept_length_histogram
 from leapasr.explaining import rejected_text, token_texts
 from leapasr.model.processing import SpeechLlamaProcessor
-from leapasr.serving.form import LANGUAGE_NAME, TranscriptionForm
+from leapasr.serving.form import TranscriptionForm
 from leapasr.subtitles import render
 from leapasr.transcription import Segment, Transcription
 
@@ -40,7 +41,13 @@ def body(transcription: Transcription, form: TranscriptionForm, processor: Speec
     }
     if form.response_format != "verbose_json":
         return plain
-    verbose = {"task": "transcribe", "language": LANGUAGE_NAME, "duration": transcription.audio_seconds, **plain}
+    code = transcription.language
+    verbose: dict[str, Any] = {
+        "task": "transcribe",
+        "language": LANGUAGES.get(code, code) if code else None,
+        "duration": transcription.audio_seconds,
+        **plain,
+    }
     if "segment" in form.granularities:
         verbose["segments"] = [_segment(number, segment) for number, segment in enumerate(transcription.segments)]
     if "word" in form.granularities:
@@ -67,7 +74,7 @@ def _segment(number: int, segment: Segment) -> dict[str, Any]:
         "temperature": 0.0,
         "avg_logprob": sum(log_probabilities) / max(1, len(log_probabilities)),
         "compression_ratio": len(text) / len(zlib.compress(text)),
-        "no_speech_prob": None,  # silence is left out before the model hears it, and of the rest it has no opinion
+        "no_speech_prob": None,  # where there is none is left out, and of the rest the model has no opinion
         "truncated": segment.truncated,
     }
 

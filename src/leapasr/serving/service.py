@@ -12,7 +12,7 @@ from http import HTTPStatus
 from leapasr.audio import SAMPLE_RATE, AudioError, read_audio
 from leapasr.chunks import Chunk
 from leapasr.decoding import DecodingOptions
-from leapasr.serving.batcher import Batcher, DecodedSegment, DecodingError
+from leapasr.serving.batcher import Batcher, DecodingError, HeardChunk
 from leapasr.serving.errors import ApiError
 from leapasr.serving.limits import Limits, Queue, deadline
 from leapasr.serving.metrics import Metrics
@@ -67,6 +67,14 @@ class Service:
     def is_ready(self) -> bool:
         return self.batcher.is_alive
 
+    def check(self, *, language: str | None, prompt: str) -> None:
+        """Raises ApiError where the model cannot honour what a request asks for."""
+        for param, asked in (("language", {"language": language}), ("prompt", {"initial_prompt": prompt or None})):
+            try:
+                self.transcriber.check(self.batcher.options, **asked)
+            except ValueError as error:
+                raise ApiError(HTTPStatus.BAD_REQUEST, f"{param}: {error}", param=param) from error
+
     async def open(self, audio: bytes, *, until: float, held: AsyncExitStack) -> Recording:
         """Decode a file, when its turn has come; the place that its samples take is free again when `held` closes.
 
@@ -93,31 +101,29 @@ class Service:
             code="timeout",
         )
 
-    async def segments(
-        self, recording: Recording, *, word_times: bool, until: float
-    ) -> AsyncGenerator[DecodedSegment, None]:
-        """The recording's segments in order, each as soon as it can be had.
+    async def heard(self, recording: Recording, *, word_times: bool, until: float) -> AsyncGenerator[HeardChunk, None]:
+        """What is said in the recording's chunks, in order, each as soon as it can be had.
 
         Raises:
             ApiError: the model failed, or it is `until`, by the event loop's clock, and it is not done.
         """
-        async with aclosing(self.batcher.segments(recording.chunks, word_times=word_times)) as decoded:
+        async with aclosing(self.batcher.heard(recording.chunks, word_times=word_times)) as chunks:
             while True:
                 try:
                     async with deadline(until, self._late):
-                        segment = await anext(decoded, None)
+                        chunk = await anext(chunks, None)
                 except DecodingError as error:
                     raise ApiError(HTTPStatus.INTERNAL_SERVER_ERROR, str(error)) from error
-                if segment is None:
+                if chunk is None:
                     return
-                yield segment
+                yield chunk
 
-
-def joined(recording: Recording, decoded: Sequence[DecodedSegment]) -> Transcription:
-    """The transcription of a recording from all its segments."""
-    return Transcription(
-        [each.segment for each in decoded],
-        recording.seconds,
-        sum(each.encoder_seconds for each in decoded),
-        sum(each.decoder_seconds for each in decoded),
-    )
+    def joined(self, recording: Recording, heard: Sequence[HeardChunk]) -> Transcription:
+        """The transcription of a recording from all that is heard in it."""
+        return Transcription(
+            [each.segment for each in heard if each.segment],
+            recording.seconds,
+            sum(each.encoder_seconds for each in heard),
+            sum(each.decoder_seconds for each in heard),
+            self.transcriber.language,
+        )
