@@ -22,8 +22,9 @@ from leapasr.chunks import Chunk, by_length
 from leapasr.data.manifests import read_manifest
 from leapasr.decoding import DecodingOptions, DecodingResult
 from leapasr.evaluation.scoring import count_word_errors
+from leapasr.running import EncodedBatch
 from leapasr.text import NORMALIZER
-from leapasr.transcriber import EncodedBatch, Transcriber, load
+from leapasr.transcriber import Transcriber, load
 
 
 def searches(size: int) -> dict[str, DecodingOptions]:

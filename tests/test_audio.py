@@ -257,3 +257,18 @@ def test_silence():
     assert is_silent(np.zeros(5_000, np.float32))
     assert is_silent(np.full(5_000, 1e-4, np.float32))
     assert not is_silent(np.concatenate([np.zeros(50_000, np.float32), tone(0.05, rate=SAMPLE_RATE)]))
+
+
+def test_audio_longer_than_it_may_be(tmp_path):
+    soundfile.write(tmp_path / "long.flac", tone(3, rate=SAMPLE_RATE), SAMPLE_RATE)
+    assert len(read_audio(tmp_path / "long.flac", max_seconds=3.1)) == 3 * SAMPLE_RATE
+    with pytest.raises(AudioError, match=r"long\.flac is longer than 2\.5 s: cut it"):
+        read_audio(tmp_path / "long.flac", max_seconds=2.5)
+
+
+def test_damage_is_an_error_where_it_is_to_be(tmp_path):
+    soundfile.write(tmp_path / "whole.flac", tone(3, rate=SAMPLE_RATE), SAMPLE_RATE)
+    assert len(read_audio(tmp_path / "whole.flac", strict=True)) == 3 * SAMPLE_RATE
+    data = (tmp_path / "whole.flac").read_bytes()
+    with pytest.raises(AudioError, match=r"is damaged: .*; 1\.\d+ s were decoded"):
+        read_audio(data[: len(data) // 2], strict=True)

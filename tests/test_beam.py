@@ -169,6 +169,21 @@ def test_rows_that_join_late(decoder, prompts, textbook):
     same([results[key] for key in order], textbook)
 
 
+@pytest.mark.parametrize("num_steps", range(4))
+def test_rows_that_are_dropped_leave_the_others_what_they_get_alone(decoder, prompts, textbook, num_steps):
+    """Their several lines in the cache go with them."""
+    loop, results = build_loop(decoder, BEAM), {}
+    keys = loop.add(prompts, max_tokens=BOUNDS)
+    for _ in range(num_steps):
+        results |= loop.step()
+    kept = [row for row, key in enumerate(keys) if row not in (1, 2, 5) or key in results]
+    loop.drop([keys[row] for row in (1, 2, 5)])
+    while loop:
+        results |= loop.step()
+    assert sorted(results) == [keys[row] for row in kept]
+    same([results[keys[row]] for row in kept], [textbook[row] for row in kept])
+
+
 def test_a_beam_of_one_with_right_drafts_takes_one_call(decoder, prompts, greedy):
     options = replace(BEAM, beam_size=1, nbest=1)
     results = decode(decoder, prompts, options, max_tokens=BOUNDS, drafters=scripted(greedy, "right", 40))

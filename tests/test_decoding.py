@@ -473,6 +473,62 @@ def test_rows_that_join_late_get_what_they_get_alone(decoder, prompts, reference
         assert course(results[key]) == course(alone[0])
 
 
+@pytest.mark.parametrize("options", [AUTOREGRESSIVE, VERIFY, DecodingOptions(strategy="threshold", threshold=0.3)])
+@pytest.mark.parametrize("num_steps", range(5))
+def test_rows_that_are_dropped_leave_the_others_what_they_get_alone(decoder, prompts, references, options, num_steps):
+    """After some steps five rows are dropped: of those that run, of those that wait, and all of a group that waits."""
+    drafters, again = scripted(references, "mixed"), scripted(references, "mixed")
+    loop = DecodingLoop(decoder, options)
+
+    def add(rows: range) -> list[int]:
+        return loop.add(
+            take(prompts, rows), max_tokens=[MAX_TOKENS] * len(rows), drafters=drafters[rows.start : rows.stop]
+        )
+
+    keys, results = add(range(6)), {}
+    for _ in range(num_steps):
+        results |= loop.step()
+    keys += add(range(6, 11)) + add(range(11, 12))
+    dropped = [keys[row] for row in (0, 3, 7, 8, 11)]
+    ended = set(results)
+    loop.drop(dropped)
+    loop.drop([*dropped, 1000])
+    while loop:
+        results |= loop.step()
+    assert set(results) == ended | set(keys) - set(dropped)
+    for row, key in enumerate(keys):
+        if key in results:
+            alone = decode(
+                decoder, take(prompts, [row]), options, max_tokens=[MAX_TOKENS], drafters=again[row : row + 1]
+            )
+            assert course(results[key]) == course(alone[0])
+
+
+@pytest.mark.parametrize("num_steps", range(3))
+def test_a_loop_whose_rows_are_all_dropped_is_as_new(decoder, prompts, references, num_steps):
+    loop = DecodingLoop(decoder, AUTOREGRESSIVE)
+    keys = loop.add(prompts, max_tokens=[MAX_TOKENS] * 12)
+    ended = [key for _ in range(num_steps) for key in loop.step()]
+    loop.drop(keys)
+    assert not loop
+    assert loop._cache is None  # nor is its memory held
+    keys, results = loop.add(prompts, max_tokens=[MAX_TOKENS] * 12), {}
+    while loop:
+        results |= loop.step()
+    assert not set(results) & set(ended)
+    assert outcomes(results[key] for key in keys) == outcomes(references)
+
+
+def test_the_cache_gives_up_the_memory_of_dropped_rows(decoder, prompts):
+    loop = DecodingLoop(decoder, AUTOREGRESSIVE)
+    keys = loop.add(prompts)
+    loop.step()
+    num_rows = len(loop._rows)
+    loop.drop(keys[-3:])
+    assert num_rows - 3 <= len(loop._rows) == len(loop._cache.lengths) < num_rows
+    assert {len(each) for layer in loop._cache.layers for each in (layer.keys, layer.values)} == {len(loop._rows)}
+
+
 def test_no_rows_give_no_results(decoder):
     assert decode(decoder, Prompts(torch.zeros(0, 3, 32, dtype=torch.float64), torch.zeros(0).long()), VERIFY) == []
 

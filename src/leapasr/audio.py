@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 import warnings
 from collections.abc import Iterator
@@ -36,7 +37,7 @@ def resample(samples: np.ndarray, rate: int) -> np.ndarray:
 Source = str | os.PathLike | bytes | IO[bytes]
 
 
-def read_audio(source: Source) -> np.ndarray:
+def read_audio(source: Source, *, max_seconds: float = math.inf, strict: bool = False) -> np.ndarray:
     """Decode audio of any container, codec, rate and channel count.
 
     The memory taken is that of the result. Of a damaged file what can be decoded is given, with a warning that says
@@ -44,15 +45,18 @@ def read_audio(source: Source) -> np.ndarray:
 
     Args:
         source: path of a local file, a file's bytes, or a binary file object that can seek.
+        max_seconds: longer audio is an error, found while decoding, whatever length the file declares.
+        strict: damage is an error, not a warning.
 
     Returns:
         Samples (num_samples,), float32, mono (the mean of the channels), 16 kHz.
 
     Raises:
-        AudioError: the file is missing, a directory, empty, not audio, without an audio stream or without samples.
+        AudioError: the file is missing, a directory, empty, not audio, without an audio stream or without samples;
+            it is longer than `max_seconds`; or, if `strict`, it is damaged.
     """
     samples, length = np.empty(SAMPLE_RATE, dtype=np.float32), 0
-    for block in read_blocks(source):
+    for block in read_blocks(source, max_seconds=max_seconds, strict=strict):
         end = length + len(block)
         if end > len(samples):
             samples.resize(max(end, len(samples) * 5 // 4), refcheck=False)
@@ -62,10 +66,11 @@ def read_audio(source: Source) -> np.ndarray:
     return samples
 
 
-def read_blocks(source: Source) -> Iterator[np.ndarray]:
+def read_blocks(source: Source, *, max_seconds: float = math.inf, strict: bool = False) -> Iterator[np.ndarray]:
     """What `read_audio` gives, in blocks of about a second, decoded and resampled as they are asked for.
 
-    Args, warnings and errors are those of `read_audio`; errors come before the first block.
+    Args, warnings and errors are those of `read_audio`; errors come before the first block, but for those of
+    `max_seconds` and `strict`, which come when they are found.
     """
     name, file = _opened(source)
     # A playlist inside the file must not make FFmpeg open anything else.
@@ -76,7 +81,7 @@ def read_blocks(source: Source) -> Iterator[np.ndarray]:
             stream = container.streams.best("audio")
             if not isinstance(stream, av.AudioStream):
                 raise AudioError(f"{name} has no audio stream, only {_kinds(container)}: give a file with sound")
-            for block in _decode(container, stream, name):
+            for block in _decode(container, stream, name, max_seconds=max_seconds, strict=strict):
                 num_samples += len(block)
                 yield block
     except (av.FFmpegError, OSError) as error:
@@ -121,8 +126,10 @@ def _kinds(container: av.container.InputContainer) -> str:
     return ", ".join(sorted({stream.type for stream in container.streams})) or "no streams"
 
 
-def _decode(container: av.container.InputContainer, stream: av.AudioStream, name: str) -> Iterator[np.ndarray]:
-    """Blocks of samples at 16 kHz; a warning behind the last tells of damage."""
+def _decode(
+    container: av.container.InputContainer, stream: av.AudioStream, name: str, *, max_seconds: float, strict: bool
+) -> Iterator[np.ndarray]:
+    """Blocks of samples at 16 kHz; behind the last a warning, or an error if `strict`, tells of damage."""
     resampler = _Resampler()
     damage: list[str] = []
     now = None  # where the next frame should start, by the file's own clock
@@ -135,6 +142,8 @@ def _decode(container: av.container.InputContainer, stream: av.AudioStream, name
                     now = frame.time
                 now = (now or 0.0) + frame.samples / frame.sample_rate
                 yield from resampler.add(_mono(frame), frame.sample_rate)
+                if resampler.seconds > max_seconds:
+                    raise AudioError(f"{name} is longer than {max_seconds:g} s: cut it, and give the pieces")
     except av.FFmpegError as error:
         damage.append(f"decoding stopped at {resampler.seconds:.2f} s: {error.strerror}")
     yield from resampler.finish()
@@ -142,7 +151,10 @@ def _decode(container: av.container.InputContainer, stream: av.AudioStream, name
     if declared - decoded > max(NOTED_GAP_SECONDS, 0.02 * declared) and not damage:
         damage.append(f"decoding stopped at {decoded:.2f} s, though the file says that it is {declared:.2f} s long")
     if damage and decoded:
-        warnings.warn(f"{name} is damaged: {'; '.join(damage[:5])}; {decoded:.2f} s were decoded", stacklevel=4)
+        message = f"{name} is damaged: {'; '.join(damage[:5])}; {decoded:.2f} s were decoded"
+        if strict:
+            raise AudioError(message)
+        warnings.warn(message, stacklevel=4)
 
 
 def _frames(packet: av.Packet) -> list[av.AudioFrame]:

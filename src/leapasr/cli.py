@@ -526,6 +526,49 @@ def average(
 
 
 @app.command()
+def serve(
+    model: Model = None,
+    host: Annotated[
+        str, typer.Option(help="Address to listen at; 0.0.0.0 is all that this machine has.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65_535, help="Port to listen at; 0 is any that is free.")] = 8000,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="LEAPASR_API_KEY", help="Key that clients must give; none without it.")
+    ] = None,
+    batch_size: BatchSize = 8,
+    max_upload_mb: Annotated[float, typer.Option(min=0, help="Most megabytes of a request.")] = 25,
+    max_seconds: Annotated[float, typer.Option(min=0, help="Longest recording.")] = 3600,
+    queue: Annotated[int, typer.Option(min=1, help="Most transcriptions in hand; others are told to come again.")] = 64,
+    timeout: Annotated[float, typer.Option(min=0, help="Most seconds from a request's first byte to its text.")] = 600,
+    device: Device = None,
+    dtype: Dtype = "float32",
+) -> None:
+    """Serve OpenAI's transcription API, and a page to try it with."""
+    with reported():
+        from leapasr.serving.limits import Limits
+        from leapasr.serving.server import is_loopback, served_name
+        from leapasr.serving.server import serve as serve_model
+        from leapasr.transcriber import load
+
+        limits = Limits(
+            upload_bytes=int(max_upload_mb * 1e6), audio_seconds=max_seconds, num_requests=queue, timeout=timeout
+        )
+        quiet_libraries()
+        transcriber = load(model, device=device, dtype=dtype)
+        if not api_key and not is_loopback(host):
+            complain(f"warning: whoever reaches {host} can use this server: give it an --api-key")
+        serve_model(
+            transcriber,
+            name=served_name(model),
+            host=host,
+            port=port,
+            api_key=api_key or None,
+            batch_size=batch_size,
+            limits=limits,
+        )
+
+
+@app.command()
 def info(model: Annotated[str | None, typer.Argument(help="Model folder or hub name.")] = None) -> None:
     """Show what a model is made of."""
     from rich.console import Console

@@ -49,21 +49,29 @@ def _sources(transcription: Transcription) -> Counter[str]:
     return Counter(record.source for trace in transcription.trace for record in trace)
 
 
+def token_texts(segment: Segment, processor: SpeechLlamaProcessor) -> list[str]:
+    """What each of a segment's tokens adds to its text; a character that several tokens make up comes with the last."""
+    texts, text = [], ""
+    for end in range(1, len(segment.tokens) + 1):
+        longer = processor.tokenizer.decode(segment.tokens[:end], skip_special_tokens=True).rstrip("\ufffd")
+        texts.append(longer[len(text) :])
+        text = longer
+    return texts
+
+
+def rejected_text(record: TokenRecord, processor: SpeechLlamaProcessor) -> str:
+    """The drafted token that head 1 replaced; empty if there was none."""
+    return processor.tokenizer.decode([record.rejected.token]).strip() if record.rejected else ""
+
+
 def _pieces(segment: Segment, processor: SpeechLlamaProcessor) -> Iterator[tuple[str, str]]:
     """Each token's text and style; a boundary before the first token of each call, and what a call replaced."""
-    step, text = None, ""
+    step, texts = None, token_texts(segment, processor)
     for index, record in enumerate(segment.trace):
         if record.step != step:
             step = record.step
             yield BOUNDARY, "dim"
-        if index < len(segment.tokens):
-            longer = processor.tokenizer.decode(segment.tokens[: index + 1], skip_special_tokens=True)
-            yield longer[len(text) :], _style(record.source)
-            text = longer
+        if index < len(texts):
+            yield texts[index], _style(record.source)
         if record.rejected:
-            yield _rejected(record, processor), "red strike"
-
-
-def _rejected(record: TokenRecord, processor: SpeechLlamaProcessor) -> str:
-    assert record.rejected is not None
-    return f"({processor.tokenizer.decode([record.rejected.token]).strip()})"
+            yield f"({rejected_text(record, processor)})", "red strike"

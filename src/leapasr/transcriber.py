@@ -6,14 +6,11 @@ Shapes: B rows, T CTC frames, V vocabulary.
 from __future__ import annotations
 
 import importlib.resources
-import math
 import os
 import re
 import threading
-import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -22,7 +19,6 @@ from typing import IO, overload
 import numpy as np
 import torch
 from huggingface_hub import metadata_load
-from torch import Tensor
 from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
 from transformers.utils import cached_file
 from yaml import YAMLError
@@ -39,6 +35,7 @@ from leapasr.model.checkpoints import CheckpointError
 from leapasr.model.encoders import FEATURE_RATE
 from leapasr.model.processing import SpeechLlamaProcessor
 from leapasr.model.speech_llama import SpeechLlamaForConditionalGeneration
+from leapasr.running import DecodedChunk, EncodedBatch, RunningBatch, timed
 from leapasr.transcription import Segment, Transcription, timed_words, token_times
 
 MAX_CHUNK_SECONDS = 25.0
@@ -48,45 +45,6 @@ DEFAULT_OPTIONS = DecodingOptions()
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 Audio = str | os.PathLike | bytes | IO[bytes] | np.ndarray
-
-
-@dataclass(frozen=True, eq=False)
-class EncodedBatch:
-    """Chunks on the decoder's side of the encoder.
-
-    Attributes:
-        chunks: B chunks.
-        prompts: the decoder's prompts.
-        max_tokens: each row's token bound.
-        ctc_logits_BTV, ctc_lengths_B: CTC logits (B, T, V), `model.ctc_frame_rate` frames a second, and lengths (B,).
-        seconds: time that features and encoder took.
-    """
-
-    chunks: Sequence[Chunk]
-    prompts: Prompts
-    max_tokens: list[int]
-    ctc_logits_BTV: Tensor
-    ctc_lengths_B: Tensor
-    seconds: float
-
-
-@dataclass(frozen=True, eq=False)
-class DecodedChunk:
-    """The result for row `row` of a batch, and its share of the seconds that decoding took."""
-
-    batch: EncodedBatch
-    row: int
-    result: DecodingResult
-    seconds: float
-
-    @property
-    def chunk(self) -> Chunk:
-        return self.batch.chunks[self.row]
-
-    @property
-    def encoder_seconds(self) -> float:
-        """Its share, by length, of the seconds that encoding the batch took."""
-        return self.batch.seconds * self.chunk.seconds / sum(chunk.seconds for chunk in self.batch.chunks)
 
 
 @dataclass(frozen=True)
@@ -445,30 +403,26 @@ class Transcriber:
         Raises:
             ValueError: the options do not fit the model.
         """
+        running = self.running(options)
+        for batch in batches:
+            running.add(batch)
+            while len(running) > num_left:
+                yield from running.step()
+        while running:
+            yield from running.step()
+
+    def running(self, options: DecodingOptions) -> RunningBatch:
+        """A batch without chunks, to be decoded with `options`.
+
+        Raises:
+            ValueError: the options do not fit the model.
+        """
         costs = self.costs
         loop = build_loop(self.decoder, options, costs=costs if options.draft_length_used == "worthwhile" else FREE)
-        rows: dict[int, tuple[EncodedBatch, int]] = {}
-        seconds: dict[int, float] = {}
+        return RunningBatch(loop, self.drafters)
 
-        def decode_until(num_rows: int) -> Iterator[DecodedChunk]:
-            while len(rows) > num_rows:
-                with timed(self.model.device) as timer:
-                    finished = loop.step()
-                for key in rows:
-                    seconds[key] += timer.seconds / len(rows)
-                for key, result in finished.items():
-                    yield DecodedChunk(*rows.pop(key), result, seconds.pop(key))
-
-        for batch in batches:
-            with timed(self.model.device) as timer:
-                drafters = self._drafters(batch, options)
-                keys = loop.add(batch.prompts, max_tokens=batch.max_tokens, drafters=drafters)
-            rows |= {key: (batch, row) for row, key in enumerate(keys)}
-            seconds |= dict.fromkeys(keys, timer.seconds / max(1, len(keys)))
-            yield from decode_until(num_left)
-        yield from decode_until(0)
-
-    def _drafters(self, batch: EncodedBatch, options: DecodingOptions) -> list[Drafter] | None:
+    def drafters(self, batch: EncodedBatch, options: DecodingOptions) -> list[Drafter] | None:
+        """A draft source for each chunk that starts from what CTC reads there; None if `options` have no use for it."""
         if not options.reads_ctc:
             return None
         end_token = min(self.decoder.end_tokens)
@@ -488,28 +442,6 @@ class Transcriber:
         batches = (self.encode([chunk]) for chunk in self.listen(0, audio))
         texts = [self.processor.decode_text(self.decode_ctc(batch).results[0].tokens) for batch in batches]
         return " ".join(filter(None, texts))
-
-
-class Timer:
-    """What `timed` fills when its block ends."""
-
-    seconds = math.nan
-
-
-@contextmanager
-def timed(device: torch.device) -> Iterator[Timer]:
-    """Wall-clock seconds of the block, work that an accelerator still has to do included."""
-    timer = Timer()
-    _synchronize(device)
-    start = time.perf_counter()
-    yield timer
-    _synchronize(device)
-    timer.seconds = time.perf_counter() - start
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _is_one(audio: object) -> bool:

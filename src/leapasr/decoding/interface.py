@@ -6,7 +6,7 @@ Shapes: B rows, L prompt positions, W step width, S cache slots, J drafted token
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -44,6 +44,10 @@ class Prompts:
         """What each row fills of the cache before its text: memory and prompt."""
         slots_B = self.lengths_B if self.memory_lengths_B is None else self.lengths_B + self.memory_lengths_B
         return slots_B.tolist()
+
+    def select(self, rows: Sequence[int]) -> Prompts:
+        """Some of the rows, padded as they are."""
+        return replace(self, **{name: value[rows] for name, value in vars(self).items() if value is not None})
 
     def row(self, index: int) -> Prompts:
         """One row by itself, without padding."""

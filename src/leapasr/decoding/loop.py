@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import compress
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -137,6 +138,14 @@ def _drafted_log_probabilities(logits_BJV: Tensor, draft_BJ: Tensor, tokens_BJ: 
     return log_probs_BJ + (of_both[..., 0] - of_both[..., 1])
 
 
+def _staying(rows: list[_Row], cache: RaggedCache, stays: Sequence[bool]) -> list[_Row]:
+    """Those of `rows` that stay; `cache` then holds their lines alone (where none stays, it is of no use)."""
+    if any(stays) and not all(stays):
+        line_stays = [stay for row, stay in zip(rows, stays, strict=True) for _ in range(row.num_lines)]
+        cache.select([line for line, stay in enumerate(line_stays) if stay])
+    return list(compress(rows, stays))
+
+
 def _first_places(wrong_BJ: Tensor, most: int) -> Tensor:
     """Where in each row the first `most` (or J) are, int64 (B, M); J where a row has no more."""
     J = wrong_BJ.shape[1]
@@ -145,7 +154,7 @@ def _first_places(wrong_BJ: Tensor, most: int) -> Tensor:
 
 
 class DecodingLoop:
-    """Rows being decoded together; more may join at any time.
+    """Rows being decoded together; more may join, and some may leave, at any time.
 
         loop = DecodingLoop(decoder, options)
         keys = loop.add(prompts)
@@ -242,17 +251,27 @@ class DecodingLoop:
             rows, cache = self._rows, self._cache
             self._rows, self._cache = [], None
             self._advance(rows, cache, None)
-        going = [row for row in rows if not row.done]
+        going = _staying(rows, cache, [not row.done for row in rows])
         if going:
-            if len(going) < len(rows):
-                stays = [not row.done for row in rows for _ in range(row.num_lines)]
-                cache.select([line for line, stay in enumerate(stays) if stay])
             if self._cache is None:
                 self._cache = cache
             else:
                 self._cache.join(cache)
             self._rows = self._rows + going
         return {row.key: row.result() for row in rows if row.done}
+
+    @torch.inference_mode()
+    def drop(self, keys: Collection[int]) -> None:
+        """Let rows go before they end; the others get what they would have got. Keys of ended rows do nothing."""
+        waiting, self._waiting = self._waiting, deque()
+        for rows, prompts in waiting:
+            places = [place for place, row in enumerate(rows) if row.key not in keys]
+            if places:
+                self._waiting.append(([rows[place] for place in places], prompts.select(places)))
+        if self._cache is not None:
+            self._rows = _staying(self._rows, self._cache, [row.key not in keys for row in self._rows])
+            if not self._rows:
+                self._cache = None
 
     def _advance(self, rows: list[_Row], cache: RaggedCache, prompts: Prompts | None) -> None:
         """Feed pending tokens (or the prompts) and drafts, emit what comes of it, commit what holds."""

@@ -22,8 +22,9 @@ from leapasr.data.manifests import read_manifest
 from leapasr.evaluation.evaluate import reference_of, samples_of
 from leapasr.evaluation.scoring import count_errors
 from leapasr.evaluation.systems import AUTOREGRESSIVE, GENERATE, GreedyCTC, Leapasr, Run, System
+from leapasr.running import timed
 from leapasr.text import NORMALIZER
-from leapasr.transcriber import Transcriber, timed
+from leapasr.transcriber import Transcriber
 
 
 @dataclass(frozen=True)

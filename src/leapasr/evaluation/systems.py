@@ -11,7 +11,8 @@ import numpy as np
 from leapasr.chunks import by_length
 from leapasr.decoding import DecodingOptions
 from leapasr.evaluation.peers import FasterWhisper, generate
-from leapasr.transcriber import EncodedBatch, Transcriber, timed
+from leapasr.running import EncodedBatch, timed
+from leapasr.transcriber import Transcriber
 
 STRATEGIES = (
     DecodingOptions(strategy="autoregressive"),
