@@ -341,10 +341,10 @@ def schema(*, examples: int) -> str | None:
     program = shutil.which("schemathesis")
     if program is None:
         return None
-    checks = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
     with serving("--timeout", 30) as (port, _):
         url = f"http://127.0.0.1:{port}/openapi.json"
-        command = [program, "run", url, "--checks", checks, "--max-examples", str(examples), "--no-color"]
+        command = [program, "run", url, "--max-examples", str(examples), "--no-color"]
+        command += ["--exclude-checks", "positive_data_acceptance"]  # no schema tells which bytes are audio
         done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         print(done.stdout, file=sys.stderr)

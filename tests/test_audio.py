@@ -266,6 +266,17 @@ def test_audio_longer_than_it_may_be(tmp_path):
         read_audio(tmp_path / "long.flac", max_seconds=2.5)
 
 
+def test_titles_in_another_encoding_do_no_harm(tmp_path):
+    for name in ("a.wav", "a.flac"):
+        with soundfile.SoundFile(tmp_path / name, "w", SAMPLE_RATE, 1) as file:
+            file.title = "Gesprach"
+            file.write(tone(1, rate=SAMPLE_RATE))
+        data = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(data.replace(b"Gesprach", "Gespräch".encode("latin-1")))
+        assert_same_tone(read_audio(tmp_path / name, strict=True), seconds=1)
+        assert declared_seconds(tmp_path / name) == pytest.approx(1)
+
+
 def test_damage_is_an_error_where_it_is_to_be(tmp_path):
     soundfile.write(tmp_path / "whole.flac", tone(3, rate=SAMPLE_RATE), SAMPLE_RATE)
     assert len(read_audio(tmp_path / "whole.flac", strict=True)) == 3 * SAMPLE_RATE

@@ -19,6 +19,7 @@ FRAME = 160  # samples: energy is measured in frames of 10 ms
 QUIET_FRAMES = 20  # a cut is judged by the 0.2 s around it
 NOTED_GAP_SECONDS = 0.5  # shorter holes in a damaged file are not warned about
 SHORTEST_REST_SECONDS = 1.0  # what is left behind the last cut is not shorter, where that can be had
+METADATA_ERRORS = "replace"  # titles and names are of no use here, in whatever encoding they are
 
 _FULL_SCALE = {"u1": 2.0**7, "i2": 2.0**15, "i4": 2.0**31, "i8": 2.0**63}
 
@@ -77,7 +78,7 @@ def read_blocks(source: Source, *, max_seconds: float = math.inf, strict: bool =
     options = {"protocol_whitelist": "file" if isinstance(file, str) else "pipe"}
     num_samples = 0
     try:
-        with av.open(file, mode="r", options=options) as container:
+        with av.open(file, mode="r", options=options, metadata_errors=METADATA_ERRORS) as container:
             stream = container.streams.best("audio")
             if not isinstance(stream, av.AudioStream):
                 raise AudioError(f"{name} has no audio stream, only {_kinds(container)}: give a file with sound")
@@ -94,7 +95,8 @@ def declared_seconds(path: str | os.PathLike) -> float | None:
     """How long a file says that its audio is, nothing decoded; None where it does not say, or cannot be read."""
     try:
         _, file = _opened(path)
-        with av.open(file, mode="r", options={"protocol_whitelist": "file"}) as container:
+        options = {"protocol_whitelist": "file"}
+        with av.open(file, mode="r", options=options, metadata_errors=METADATA_ERRORS) as container:
             stream = container.streams.best("audio")
             return _declared_seconds(container, stream) or None if isinstance(stream, av.AudioStream) else None
     except (AudioError, av.FFmpegError, OSError):

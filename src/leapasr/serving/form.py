@@ -148,6 +148,8 @@ def _checked(fields: dict[str, Any]) -> TranscriptionForm:
         message = first["msg"].removeprefix("Value error, ")
         if first["type"] == "extra_forbidden":
             message = "this server has no such parameter: leave it out"
+        elif first["type"] == "missing":
+            message = "it is missing: give the recording as a file of this name"
         elif param in fields and param != "file":
             message += f", got {first['input']!r:.100}"
         raise ApiError(HTTPStatus.BAD_REQUEST, f"{param}: {message}" if param else message, param=param) from error
