@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import itertools
 import json
 import re
 import socket
@@ -499,6 +500,46 @@ def test_a_client_that_leaves_frees_its_places(transcriber, flac, gate, fields):
         with send_head(port, length=len(body)) as connection:
             connection.sendall(body)
             assert connection.recv(10_000).startswith(b"HTTP/1.1 200 ")
+
+
+def test_a_client_that_leaves_unread_what_is_sent_frees_its_chunks(transcriber, flac, monkeypatch):
+    """It has gone while an event is being sent to it; when its request ends, none of its chunks waits any more."""
+    encode, opened, num_encoded = transcriber.encode, threading.Event(), itertools.count()
+
+    def only_the_first(chunks):
+        assert next(num_encoded) == 0 or opened.wait(60)
+        return encode(chunks)
+
+    monkeypatch.setattr(transcriber, "encode", only_the_first)
+    body = upload(flac(8), stream="true")
+    headers = [(b"content-type", BOUNDARY["Content-Type"].encode()), (b"content-length", str(len(body)).encode())]
+    scope = {"type": "http", "method": "POST", "path": URL, "query_string": b"", "headers": headers}
+
+    async def run() -> tuple[int, int]:
+        service, sending = make_service(transcriber, batch_size=1), asyncio.Event()
+        app = build_app(service, api_key=None)
+        received = iter([{"type": "http.request", "body": body}])
+
+        async def receive() -> dict:
+            if message := next(received, None):
+                return message
+            await sending.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message: dict) -> None:
+            if message["type"] == "http.response.body":
+                assert service.batcher.num_waiting >= 4
+                sending.set()
+                await asyncio.Future()
+
+        await service.start()
+        await app(scope, receive, send)
+        left = service.queue.length, service.batcher.num_waiting
+        opened.set()
+        await service.close()
+        return left
+
+    assert asyncio.run(run()) == (0, 0)
 
 
 def test_a_client_that_leaves_while_it_uploads_frees_its_place(transcriber):

@@ -4,7 +4,7 @@ import asyncio
 import importlib.resources
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from http import HTTPStatus
 from typing import Annotated, Any, TypeVar
 
@@ -157,9 +157,11 @@ async def _events(
     heard: list[HeardChunk] = []
     has_text = False
     try:
-        async for chunk in service.heard(recording, word_times=form.needs_word_times, until=until):
-            heard.append(chunk)
-            if chunk.segment and chunk.segment.text:
+        async with aclosing(service.heard(recording, word_times=form.needs_word_times, until=until)) as chunks:
+            async for chunk in chunks:
+                heard.append(chunk)
+                if not (chunk.segment and chunk.segment.text):
+                    continue
                 delta = f" {chunk.segment.text}" if has_text else chunk.segment.text
                 has_text = True
                 place = {"end": chunk.segment.end, "duration": recording.seconds}
