@@ -366,7 +366,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     arguments = parser.parse_args()
-    results: dict[str, Any] = {"arguments": {key: str(value) for key, value in vars(arguments).items()}}
+    numbers = {key: value for key, value in vars(arguments).items() if isinstance(value, int | float)}
+    results: dict[str, Any] = {"arguments": numbers}
 
     def keep(**figures: Any) -> None:
         results.update(figures)

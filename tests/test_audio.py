@@ -283,3 +283,22 @@ def test_damage_is_an_error_where_it_is_to_be(tmp_path):
     data = (tmp_path / "whole.flac").read_bytes()
     with pytest.raises(AudioError, match=r"is damaged: .*; 1\.\d+ s were decoded"):
         read_audio(data[: len(data) // 2], strict=True)
+
+
+def test_a_wav_file_that_is_cut_short_is_noticed(tmp_path):
+    path = tmp_path / "a.wav"
+    soundfile.write(path, tone(3, rate=SAMPLE_RATE), SAMPLE_RATE)
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+    for source in (path, path.read_bytes()):
+        with pytest.raises(AudioError, match=rf"the file says that it has {len(data)} bytes, and {len(data) // 2} are"):
+            read_audio(source, strict=True)
+
+
+@pytest.mark.parametrize("size", [0, 0xFFFFFFFF, 0x7FFFFFFF])
+def test_a_wav_file_of_a_writer_that_could_not_know_its_length_is_whole(size):
+    file = io.BytesIO()
+    soundfile.write(file, tone(1, rate=SAMPLE_RATE), SAMPLE_RATE, format="wav")
+    data = bytearray(file.getvalue())
+    data[4:8] = size.to_bytes(4, "little")
+    assert_same_tone(read_audio(bytes(data), strict=True), seconds=1)

@@ -18,6 +18,7 @@ SAMPLE_RATE = 16_000
 FRAME = 160  # samples: energy is measured in frames of 10 ms
 QUIET_FRAMES = 20  # a cut is judged by the 0.2 s around it
 NOTED_GAP_SECONDS = 0.5  # shorter holes in a damaged file are not warned about
+UNKNOWN_RIFF_BYTES = 0x7FFF0000
 SHORTEST_REST_SECONDS = 1.0  # what is left behind the last cut is not shorter, where that can be had
 METADATA_ERRORS = "replace"  # titles and names are of no use here, in whatever encoding they are
 
@@ -78,11 +79,15 @@ def read_blocks(source: Source, *, max_seconds: float = math.inf, strict: bool =
     options = {"protocol_whitelist": "file" if isinstance(file, str) else "pipe"}
     num_samples = 0
     try:
+        declared = _declared_bytes(file)
         with av.open(file, mode="r", options=options, metadata_errors=METADATA_ERRORS) as container:
             stream = container.streams.best("audio")
             if not isinstance(stream, av.AudioStream):
                 raise AudioError(f"{name} has no audio stream, only {_kinds(container)}: give a file with sound")
-            for block in _decode(container, stream, name, max_seconds=max_seconds, strict=strict):
+            damage = []
+            if 0 < container.size < declared:
+                damage.append(f"the file says that it has {declared} bytes, and {container.size} are there")
+            for block in _decode(container, stream, name, damage, max_seconds=max_seconds, strict=strict):
                 num_samples += len(block)
                 yield block
     except (av.FFmpegError, OSError) as error:
@@ -124,16 +129,36 @@ def _opened(source: Source) -> tuple[str, str | IO[bytes]]:
     return name if isinstance(name, str) else "the audio file object", source
 
 
+def _declared_bytes(file: str | IO[bytes]) -> int:
+    """How many bytes a WAV file says that it has, which FFmpeg does not miss where it is cut short; 0 of any other."""
+    if isinstance(file, str):
+        with open(file.removeprefix("file:"), "rb") as opened:
+            return _declared_bytes(opened) if opened.seekable() else 0
+    if not hasattr(file, "seekable") or not file.seekable():
+        return 0
+    place = file.tell()
+    head = file.read(12)
+    file.seek(place)
+    size = int.from_bytes(head[4:8], "little")
+    is_known = size < UNKNOWN_RIFF_BYTES  # a writer that cannot go back to its head leaves the largest number there
+    return size + 8 if head[:4] == b"RIFF" and head[8:] == b"WAVE" and is_known else 0
+
+
 def _kinds(container: av.container.InputContainer) -> str:
     return ", ".join(sorted({stream.type for stream in container.streams})) or "no streams"
 
 
 def _decode(
-    container: av.container.InputContainer, stream: av.AudioStream, name: str, *, max_seconds: float, strict: bool
+    container: av.container.InputContainer,
+    stream: av.AudioStream,
+    name: str,
+    damage: list[str],
+    *,
+    max_seconds: float,
+    strict: bool,
 ) -> Iterator[np.ndarray]:
-    """Blocks of samples at 16 kHz; behind the last a warning, or an error if `strict`, tells of damage."""
+    """Blocks of samples at 16 kHz; behind the last a warning, or an error if `strict`, tells of all `damage`."""
     resampler = _Resampler()
-    damage: list[str] = []
     now = None  # where the next frame should start, by the file's own clock
     try:
         for packet in container.demux(stream):
