@@ -26,10 +26,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from results import percent, test_sets
+from strategies import measure_limits
 
 from leapasr.config import MWER, WHISPER_SCALES, Stage
 from leapasr.data.augmentation import NO_AUGMENTATION
-from leapasr.data.manifests import read_manifest
+from leapasr.data.manifests import read_manifest, spread
 from leapasr.decoding import DecodingOptions
 from leapasr.evaluation.evaluate import Report, evaluate
 from leapasr.evaluation.scoring import Interval, WordErrors, word_error_rate_difference
@@ -103,14 +104,14 @@ def variants() -> list[Variant]:
 def stage_of(variant: Variant, arguments: argparse.Namespace) -> Stage:
     """What the variant is trained by; the encoder is frozen in all of them."""
     common: dict[str, Any] = dict(
-        frozen_encoder_layers=None, lr_scale=WHISPER_SCALES, averaging=0.98, augmentation=NO_AUGMENTATION,
-        batch=arguments.batch, head_weights=arguments.head_weight,
+        frozen_encoder_layers=None, lr_scale=WHISPER_SCALES | {"adapter.": 0.0, "ctc_head.": 0.0}, ctc_weight=0.0,
+        averaging=0.98, augmentation=NO_AUGMENTATION, batch=arguments.batch, head_weights=arguments.head_weight,
     )  # fmt: skip
     if variant.after is None:
         updates = arguments.updates
         return Stage("joint", "joint", updates, learning_rate=4e-4, warmup=updates // 8, final_lr=0.1, **common)
     updates, rate = arguments.mwer_updates, arguments.mwer_rate
-    common |= {"learning_rate": rate, "warmup": updates // 8, "final_lr": 0.1, "ctc_weight": 0.3}
+    common |= {"learning_rate": rate, "warmup": updates // 8, "final_lr": 0.1}
     if variant.mwer is None:
         return Stage("joint", "joint", updates, **common)
     return Stage("mwer", "mwer", updates, mwer=variant.mwer, **common)
@@ -141,9 +142,8 @@ def train(variant: Variant, arguments: argparse.Namespace) -> None:
     else:
         start = arguments.work / variant.after.folder / "model"
     trainer = prepare(
-        None, (stage,), manifests=weighted(arguments.manifest), dev=[arguments.speech / "librispeech/manifest.jsonl"],
-        text=(), output=folder, initial_model=start, seed=variant.seed, eval_every=stage.updates,
-        eval_utterances=arguments.limit, encoder_cache=arguments.work / "frames", report=lambda message: None, **heads,
+        None, (stage,), manifests=weighted(arguments.manifest), dev=(), text=(), output=folder, initial_model=start,
+        seed=variant.seed, encoder_cache=arguments.work / "frames", report=lambda message: None, **heads,
     )  # fmt: skip
     trainer.run()
     (folder / "trained").touch()
@@ -166,7 +166,11 @@ def score(variant: Variant, sets: Mapping[str, tuple[Path, str | None]], argumen
         limit = arguments.first_limit if name == FIRST_SET else arguments.limit
         cuts = list(read_manifest(manifest, use=use, limit=limit).cuts)
         reports = evaluate(transcriber, cuts, list(named.values()), batch_size=arguments.batch_size, test_set=name)
-        path.write_text(json.dumps({key: scored(each) for key, each in zip(named, reports, strict=True)}))
+        figures = {key: scored(each) for key, each in zip(named, reports, strict=True)}
+        if name == FIRST_SET and variant.num_heads > 1:
+            limits = measure_limits(transcriber, spread(cuts, arguments.limit), arguments.batch_size)
+            figures["autoregressive"]["heads_right"] = [right / asked for right, asked in limits.right.values()]
+        path.write_text(json.dumps(figures))
 
 
 def scored(report: Report) -> dict[str, Any]:
@@ -260,10 +264,10 @@ class Results:
             difference_high=change.high,
         )  # fmt: skip
 
-    def accuracies(self, variant: Variant) -> list[float]:
-        """Of heads 1..K on dev, given the right text."""
-        last = json.loads((self.work / variant.folder / "metrics.jsonl").read_text().splitlines()[-1])
-        return [last[f"dev_accuracy_{head}"] for head in range(1, variant.num_heads + 1)]
+    def heads_right(self, variant: Variant) -> str:
+        """How often heads 2..K guess, behind each token, what head 1 then writes, in percent."""
+        shares = self.scores[variant][FIRST_SET]["autoregressive"].get("heads_right", ())
+        return " ".join(f"{100 * share:.0f}" for share in shares) or "–"
 
     def list_share(self, variant: Variant) -> float:
         """Share of an update's time that finding its N-best lists took, the median over the log."""
@@ -291,7 +295,7 @@ def heads_table(results: Results) -> list[str]:
     """Markdown: every variant of cross-entropy alone on the first set."""
     lines = [
         "| variant | further parameters | WER %, head 1 | minus K = 1 | calls, mtp | calls, mtp and CTC "
-        "| heads right on dev, 1, 2, … % | decoder time, verify mtp |",
+        "| heads 2, 3, … right % | decoder time, verify mtp |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for variant in results.chosen:
@@ -299,14 +303,13 @@ def heads_table(results: Results) -> list[str]:
             continue
         plain = results.rows[variant, FIRST_SET, "autoregressive"]
         mtp, both = (results.rows.get((variant, FIRST_SET, name)) for name in ("verify mtp", "verify both"))
-        right = " ".join(f"{100 * share:.0f}" for share in results.accuracies(variant))
         extra = num_extra(results.work / variant.folder / "model")
         change = interval(plain.wer_difference, plain.difference_low, plain.difference_high)
         seconds = f"{plain.decoder_seconds / mtp.decoder_seconds:.2f}x less" if mtp else "–"
         lines.append(
             f"| {variant.name} | {extra / 1e6:.2f}M | {interval(plain.wer, plain.wer_low, plain.wer_high)} "
             f"| {change if plain.baseline else '–'} | {times(mtp and mtp.call_reduction)} "
-            f"| {times(both and both.call_reduction)} | {right} | {seconds} |"
+            f"| {times(both and both.call_reduction)} | {results.heads_right(variant)} | {seconds} |"
         )
     return lines
 
@@ -405,7 +408,7 @@ def write(results: Results, arguments: argparse.Namespace) -> None:
         f"`experiments/paper.py`: one start, the model that ships with head 1 alone; {arguments.updates} updates of "
         f"{seconds:g} s with all heads' cross-entropy (further heads weigh {arguments.head_weight:g} · 0.8^(k−1)), "
         f"then, where it says so, {arguments.mwer_updates} of MWER on lists of {MWER().nbest}, or as many further "
-        "ones of cross-entropy. The encoder stays as it is. Decoding "
+        "ones of cross-entropy. Encoder and CTC stay as they are. Decoding "
         f"in {arguments.dtype}, batch {arguments.batch_size}, {torch.get_num_threads()} CPU threads; drafts of CTC in "
         "full. What follows from it: [training.md](training.md).",
         "",

@@ -232,7 +232,7 @@ def compare_words(
     transcriber: Transcriber, sets: Mapping[str, tuple[Path, str | None]], *, limit: int, batch_size: int, output: Path
 ) -> None:
     """Write strategies.md, .json and .png: words and calls of every strategy on every set."""
-    chosen, dtype = strategies(transcriber.decoder.num_heads), str(transcriber.model.dtype).removeprefix("torch.")
+    chosen, dtype = strategies(transcriber.decoder.num_heads), transcriber.dtype
     figures: list[dict] = []
     page = [
         "# Strategies and draft sources",
@@ -264,7 +264,7 @@ def compare_times(
     transcriber: Transcriber, manifest: Path, use: str | None, *, limit: int, rounds: int, output: Path
 ) -> None:
     """Write strategies-time.md and .json: seconds of the main strategies, one at a time and eight at once."""
-    chosen, dtype = strategies(transcriber.decoder.num_heads), str(transcriber.model.dtype).removeprefix("torch.")
+    chosen, dtype = strategies(transcriber.decoder.num_heads), transcriber.dtype
     utterances = read_utterances([manifest], use=use, limit=limit)
     systems = [Generate(transcriber), *(Leapasr(transcriber, chosen[name]) for name in TIMED)]
     rows = bench(transcriber, systems, utterances, batch_sizes=(1, 8), rounds=rounds)

@@ -42,6 +42,26 @@ def batch(transcriber):
     return transcriber.encode(chunks)
 
 
+@pytest.fixture(scope="module")
+def mixed():
+    return load(dtype="mixed")
+
+
+def test_mixed_keeps_the_decoder_and_what_it_promises(transcriber, mixed):
+    recordings = [(n, read_audio(PACKAGE / "samples" / name)) for n, name in enumerate(SPOKEN)]
+    encoded = mixed.encode(mixed.cut(recordings))
+    assert (mixed.dtype, transcriber.dtype) == ("mixed", "float32")
+    assert {parameter.dtype for parameter in mixed.model.encoder.parameters()} == {torch.bfloat16}
+    memory, exact = encoded.prompts.memory_BMD, transcriber.encode(mixed.cut(recordings)).prompts.memory_BMD
+    assert memory.dtype == encoded.ctc_logits_BTV.dtype == torch.float32
+    size = mixed.decoder.lm_head.in_features  # behind that lies what CTC reads, of which one token may be another
+    assert not torch.equal(memory, exact)
+    difference = (memory - exact)[..., :size].norm() / exact[..., :size].norm()
+    assert difference < 0.03
+    expected = [result.tokens for result in mixed.decode(encoded, AUTOREGRESSIVE).results]
+    assert [result.tokens for result in mixed.decode(encoded, VERIFY).results] == expected
+
+
 def test_it_is_small_and_says_what_it_is_and_whose():
     assert sum(file.stat().st_size for file in FOLDER.rglob("*")) <= MEGABYTES * 1e6
     card = (FOLDER / "README.md").read_text()

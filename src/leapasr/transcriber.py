@@ -42,7 +42,8 @@ MAX_CHUNK_SECONDS = 25.0
 MIN_FILTERED_SECONDS = 1.0  # in shorter chunks the CTC head may miss the only word
 
 DEFAULT_OPTIONS = DecodingOptions()
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+MIXED = "mixed"  # the speech side in bfloat16, the decoder in float32
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, MIXED: torch.float32}
 
 Audio = str | os.PathLike | bytes | IO[bytes] | np.ndarray
 
@@ -66,6 +67,9 @@ class Transcriber:
         model: in evaluation mode, on its device and in its dtype.
         processor: features and tokenizer of the model.
         language: what the model writes, a code as in ``en``; None if it is several, or not known.
+
+    Attributes:
+        dtype: that the model computes in, by the names of `load`.
     """
 
     def __init__(
@@ -79,6 +83,8 @@ class Transcriber:
         self.processor = processor
         self.language = language
         self.decoder = SpeechLlamaDecoder(model)
+        own, of_speech = (str(dtype).removeprefix("torch.") for dtype in (self.decoder.dtype, model.speech_dtype))
+        self.dtype = own if own == of_speech else MIXED
         self._costs: CallCosts | None = None
         self._costs_lock = threading.Lock()
 
@@ -371,7 +377,7 @@ class Transcriber:
         model = self.model
         with timed(model.device) as timer:
             features, lengths_B = self.processor.pad([self.processor.features(chunk.samples) for chunk in chunks])
-            encoding = model.encode(features.to(model.device, model.dtype), lengths_B.to(model.device))
+            encoding = model.encode(features.to(model.device), lengths_B.to(model.device))
             prompts = Prompts(*model.prompt(encoding))
         return EncodedBatch(
             chunks=chunks,
@@ -476,7 +482,8 @@ def load(
     Args:
         model: a folder or a hub name; None takes the model inside the package.
         device: ``cpu``, ``cuda``, ``cuda:1``, ...; None takes a GPU where there is one.
-        dtype: ``float32`` (if None), ``bfloat16`` or ``float16``.
+        dtype: ``float32`` (if None), ``bfloat16`` or ``float16``; ``mixed`` has the speech side in bfloat16, which is
+            much faster where a CPU has AMX, and the decoder in float32, so that all that it promises holds.
 
     Raises:
         ValueError: there is no such model, it is of another architecture, files are missing or damaged, or the
@@ -491,6 +498,8 @@ def load(
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{place} has no usable processor (tokenizer and features): {_first_line(error)}") from error
     torch.nn.Module.to(network, torch_device)  # transformers' own `to` has lost its types
+    if dtype == MIXED:
+        network.set_speech_dtype(torch.bfloat16)
     return Transcriber(network, processor, language=_language(place))
 
 

@@ -274,7 +274,7 @@ def _rows(
                 drafts=system.drafts,
                 batch_size=size,
                 device=str(transcriber.model.device),
-                dtype="int8" if run.tokens is None else str(transcriber.model.dtype).removeprefix("torch."),
+                dtype="int8" if run.tokens is None else transcriber.dtype,
                 num_threads=torch.get_num_threads(),
                 num_utterances=len(utterances.samples),
                 audio_seconds=audio_seconds,

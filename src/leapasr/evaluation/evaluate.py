@@ -252,7 +252,7 @@ class _Run:
             test_set=self.test_set,
             **_settings(strategy, self.transcriber.decoder.num_heads),
             batch_size=self.batch_size,
-            dtype=str(model.dtype).removeprefix("torch."),
+            dtype=self.transcriber.dtype,
             device=str(model.device),
             normalizer=NORMALIZER.name,
             wer=rate.value,

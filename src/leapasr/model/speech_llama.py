@@ -29,6 +29,7 @@ from leapasr.model.configuration import SpeechLlamaConfig
 from leapasr.model.draft_layers import build_draft_layers, leave_out_feed_forward, read_hidden
 from leapasr.model.encoders import attention_bias, build_encoder, padding_mask
 from leapasr.model.mtp_heads import build_heads
+from leapasr.model.precision import cast
 
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
@@ -136,6 +137,7 @@ class SpeechLlamaForConditionalGeneration(PreTrainedModel):
         self.soft_prompt = nn.Embedding(config.soft_prompt, size) if config.soft_prompt else None
         self.mtp_heads = build_heads(config)
         self.draft_layers = build_draft_layers(config)
+        self._ctc_unembedding: Tensor | None = None  # the decoder's, in another dtype
         self.post_init()
         self.reset_heads()
 
@@ -195,6 +197,21 @@ class SpeechLlamaForConditionalGeneration(PreTrainedModel):
         return self.config.num_heads
 
     @property
+    def speech_dtype(self) -> torch.dtype:
+        """What the speech side computes in: encoder, adapter and CTC head."""
+        return self.adapter.projection.weight.dtype
+
+    def set_speech_dtype(self, dtype: torch.dtype) -> None:
+        """Let the speech side compute in `dtype`; the decoder, and what it is given, stays in its own.
+
+        On the device, and with the weights, that the model is then to stay with.
+        """
+        for part in (self.encoder, self.adapter, self.ctc_head):
+            cast(part, dtype)
+        if self.config.ctc_unembedding:
+            self._ctc_unembedding = self.decoder.lm_head.weight.detach().to(dtype)
+
+    @property
     def ctc_frame_rate(self) -> float:
         """CTC frames a second."""
         return self.encoder.frame_rate / self.config.encoder_stacking
@@ -223,18 +240,20 @@ class SpeechLlamaForConditionalGeneration(PreTrainedModel):
 
     def encode(self, input_features: Tensor, feature_lengths: Tensor) -> SpeechEncoding:
         """Encode log-mel features (B, T, F) with valid lengths (B,); rows do not see each other's padding."""
-        frames, lengths_B = self.encoder(input_features, feature_lengths)
+        frames, lengths_B = self.encoder(input_features.to(self.speech_dtype), feature_lengths)
         return self.encode_frames(frames, lengths_B)
 
     def encode_frames(self, frames_BTD: Tensor, lengths_B: Tensor) -> SpeechEncoding:
         """The part behind the encoder: encoder frames (B, T, D) and lengths (B,) to a `SpeechEncoding`."""
         frames, ctc_lengths_B = self.adapter(frames_BTD, lengths_B)
         if self.config.ctc_unembedding:
-            ctc_logits = self.ctc_head(frames, self.decoder.lm_head.weight)
+            unembedding_VD = self.decoder.lm_head.weight if self._ctc_unembedding is None else self._ctc_unembedding
+            ctc_logits = self.ctc_head(frames, unembedding_VD)
         else:
             ctc_logits = self.ctc_head(frames)
         if self.config.speech_as_memory:
             frames, _ = stack_frames(frames_BTD, lengths_B, self.config.encoder_stacking)
+        frames, ctc_logits = frames.to(self.decoder.dtype), ctc_logits.to(self.decoder.dtype)
         embeddings, lengths_B, positions_BL = self.speech_projection(
             frames, ctc_lengths_B, ctc_logits, self.get_input_embeddings().weight
         )

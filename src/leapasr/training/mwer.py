@@ -14,6 +14,7 @@ from torch import Tensor
 from leapasr.data.batches import Batch, pad_tokens
 from leapasr.decoding import DecodingOptions, DecodingResult, Prompts, SpeechLlamaDecoder, decode
 from leapasr.decoding.guards import token_bound
+from leapasr.decoding.interface import Ways
 from leapasr.evaluation.scoring import count_word_errors
 from leapasr.model.processing import SpeechLlamaProcessor
 from leapasr.model.speech_llama import SpeechEncoding, SpeechLlamaForConditionalGeneration
@@ -64,7 +65,9 @@ def search(
     max_tokens = [token_bound(length / model.ctc_frame_rate) for length in encoding.ctc_lengths_B.tolist()]
     try:
         with torch.compiler.set_stance("force_eager"):  # layers are compiled for training's shapes, not for a cache's
-            return decode(SpeechLlamaDecoder(model), Prompts(*model.prompt(encoding)), options, max_tokens=max_tokens)
+            decoder = SpeechLlamaDecoder(model)
+            decoder.prepare(Ways(packed=True))
+            return decode(decoder, Prompts(*model.prompt(encoding)), options, max_tokens=max_tokens)
     finally:
         for module, was_training in training.items():
             module.training = was_training

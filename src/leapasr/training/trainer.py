@@ -31,6 +31,7 @@ from leapasr.data.batches import Batch, Source, SpeechBatches, plan_epoch
 from leapasr.data.misreadings import MisreadBatches, TextBatch
 from leapasr.decoding.ctc import greedy_ctc
 from leapasr.model.low_rank import freeze_adapted
+from leapasr.model.precision import cast
 from leapasr.model.processing import SpeechLlamaProcessor
 from leapasr.model.speech_llama import SpeechEncoding, SpeechLlamaForConditionalGeneration
 from leapasr.training.encoder_cache import EncoderCache, FrameBatch, FrameBatches
@@ -102,7 +103,8 @@ class StageTask(torch.nn.Module):
             )
         else:
             encoding = self.encode(batch)
-            if task != "heads":
+            ctc_weight = {"ctc": 1.0, "heads": 0.0}.get(task, self.stage.ctc_weight)
+            if ctc_weight or (task != "heads" and not torch.is_grad_enabled()):
                 ctc = ctc_loss(
                     encoding.ctc_logits_BTV,
                     encoding.ctc_lengths_B,
@@ -111,7 +113,7 @@ class StageTask(torch.nn.Module):
                     blank=model.config.blank_token_id,
                 )
                 figures["ctc"] = ctc.detach()
-                total = total + (1.0 if task == "ctc" else self.stage.ctc_weight) * ctc
+                total = total + ctc_weight * ctc
             if task == "mwer":
                 settings = self.stage.mwer
                 found = hypothesize(
@@ -153,21 +155,6 @@ def save_atomically(state: dict[str, Any], path: Path) -> None:
         if isinstance(cause, OSError):
             raise OSError(cause.errno, cause.strerror, str(pending)) from error
         raise
-
-
-def cast(model: torch.nn.Module, dtype: torch.dtype) -> None:
-    """Cast weights in place, and learnt buffers, but not those that are computed at the start.
-
-    Rotary frequencies in bfloat16 would turn positions by other angles than those of the model once it is loaded.
-    """
-    computed = [
-        (module, name, module.get_buffer(name))
-        for module in model.modules()
-        for name in module._non_persistent_buffers_set
-    ]
-    model.to(dtype)
-    for module, name, buffer in computed:
-        setattr(module, name, buffer)
 
 
 def train_mode(model: torch.nn.Module) -> None:
