@@ -80,6 +80,8 @@ def reported() -> Iterator[None]:
         warnings.showwarning = lambda message, *_: complain(f"warning: {message}")
         try:
             yield
+        except typer.Exit:  # a RuntimeError, too
+            raise
         except (ValueError, OSError, RuntimeError, ImportError) as error:
             complain(str(error) or type(error).__name__)
             raise typer.Exit(2 if isinstance(error, ValueError) else 1) from error
@@ -330,7 +332,9 @@ def evaluate(
 
 @app.command()
 def bench(
-    manifests: Annotated[list[Path], typer.Argument(help="Manifests: leapasr, NeMo, lhotse or Kaldi.")],
+    manifests: Annotated[
+        list[Path] | None, typer.Argument(help="Manifests: leapasr, NeMo, lhotse or Kaldi. None with --replay.")
+    ] = None,
     model: Model = None,
     use: Use = None,
     limit: Limit = None,
@@ -344,10 +348,24 @@ def bench(
     dtype: Dtype = "float32",
     json: Annotated[Path | None, typer.Option(help="Write a row a system and batch size to this file.")] = None,
     plots: Annotated[Path | None, typer.Option(help="Folder for speedup.png and time.png.")] = None,
+    trace: Annotated[
+        Path | None, typer.Option(help="Write to this file what each call verified and emitted; times nothing.")
+    ] = None,
+    replay: Annotated[
+        Path | None, typer.Option(help="Time such a trace on a decoder of random weights instead of a model.")
+    ] = None,
+    decoder_size: Annotated[str, typer.Option(help="For --replay: 125m, 1b or 8b.")] = "1b",
 ) -> None:
     """Time strategies side by side with transformers' generate, and faster-whisper, on the same audio."""
     from rich.console import Console
 
+    if (replay is None) == (not manifests):
+        raise typer.BadParameter("give manifests, or --replay TRACE")
+    if replay:
+        with reported():
+            _replay(replay, decoder_size, batch_size, rounds=repeat, device=device, dtype=dtype, json=json)
+        return
+    assert manifests
     with reported():
         import torch
 
@@ -365,6 +383,11 @@ def bench(
         if threads:
             torch.set_num_threads(threads)
         transcriber = load(model, device=device, dtype=dtype)
+        if trace:
+            from leapasr.evaluation.replay import record, write_trace
+
+            write_trace(record(transcriber, utterances), trace)
+            raise typer.Exit(1 if utterances.problems else 0)
         kind = transcriber.model.device.type
         systems = build_systems(
             transcriber, [FasterWhisper(name, folder, device=kind) for name, folder in folders.items()]
@@ -379,6 +402,27 @@ def bench(
             for path in draw(rows, plots):
                 typer.echo(path)
     raise typer.Exit(1 if utterances.problems else 0)
+
+
+def _replay(
+    trace: Path, size: str, batch_size: str, *, rounds: int, device: str | None, dtype: str, json: Path | None
+) -> None:
+    from rich.console import Console
+
+    from leapasr.evaluation.bench import sizes_of
+    from leapasr.evaluation.bench_report import write_rows
+    from leapasr.evaluation.replay import read_trace, replay_table
+    from leapasr.evaluation.replay import replay as replay_trace
+
+    texts, sizes = read_trace(trace), sizes_of(batch_size)
+    quiet_libraries()
+    with progress_bar(f"replay, {size}", total=1, unit="of it") as advance:
+        rows = replay_trace(
+            texts, size=size, batch_sizes=sizes, rounds=rounds, device=device, dtype=dtype, progress=advance
+        )
+    Console(width=None if sys.stdout.isatty() else 200).print(replay_table(rows))
+    if json:
+        write_rows(rows, json)
 
 
 @app.command()

@@ -489,8 +489,8 @@ def load(
         ValueError: there is no such model, it is of another architecture, files are missing or damaged, or the
             device or dtype is not known.
     """
-    torch_dtype = _dtype(dtype)
-    torch_device = _device(device)
+    torch_dtype = dtype_of(dtype)
+    torch_device = device_of(device)
     place = locate(model)
     network = _read_model(place, torch_dtype)
     try:
@@ -520,13 +520,23 @@ def _language(place: str) -> str | None:
     return languages if isinstance(languages, str) else None
 
 
-def _dtype(name: str | None) -> torch.dtype:
+def dtype_of(name: str | None) -> torch.dtype:
+    """A dtype by its name in `load`; None is float32.
+
+    Raises:
+        ValueError: there is none of this name.
+    """
     if name is not None and name not in DTYPES:
         raise ValueError(f"unknown dtype {name!r}: choose one of {', '.join(DTYPES)}")
     return DTYPES[name or "float32"]
 
 
-def _device(name: str | torch.device | None) -> torch.device:
+def device_of(name: str | torch.device | None) -> torch.device:
+    """A device by its name; None is a GPU where there is one.
+
+    Raises:
+        ValueError: it cannot be used.
+    """
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

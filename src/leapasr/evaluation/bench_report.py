@@ -11,6 +11,7 @@ import numpy as np
 from rich.table import Table
 
 from leapasr.evaluation.bench import BenchRow
+from leapasr.evaluation.replay import ReplayRow
 
 
 def bench_table(rows: Sequence[BenchRow]) -> Table:
@@ -42,7 +43,7 @@ def _shown(value: float | None, form: str) -> str:
     return "" if value is None else form.format(value)
 
 
-def write_rows(rows: Sequence[BenchRow], path: Path) -> None:
+def write_rows(rows: Sequence[BenchRow | ReplayRow], path: Path) -> None:
     """Write the rows as a JSON list."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
