@@ -74,6 +74,16 @@ def test_autoregressive_replays_write_the_same_tokens(decoder):
         assert result.num_calls == text.num_tokens
 
 
+def test_a_recorder_notes_what_is_verified_and_lets_the_drafter_hear_of_it(decoder):
+    text = TEXTS[1]
+    recorders = [replays._Recorder(ReplayDrafter(text))]
+    loop = build_loop(decoder, VERIFY)
+    loop.add(prompts_of([text], decoder), drafters=recorders)
+    while loop:
+        loop.step()
+    assert recorders[0].num_verified == [verified for verified, _ in text.steps]
+
+
 def test_what_is_recorded_is_what_was_decoded(tiny_model_folder, manifest, tmp_path):
     transcriber = load(tiny_model_folder, device="cpu")
     utterances = read_utterances([manifest])
