@@ -96,7 +96,9 @@ def test_room_beyond_need_changes_nothing(decoder, rows):
     assert all(torch.equal(one, other) for one, other in zip(*hidden, strict=True))
 
 
-@pytest.mark.parametrize("order", [[2], [0, 2], [2, 0, 1], [1, 1, 0, 2]], ids=["one", "drop", "reorder", "repeat"])
+@pytest.mark.parametrize(
+    "order", [[2], [0, 2], [2, 1], [2, 0, 1], [1, 1, 0, 2]], ids=["one", "drop", "fill", "reorder", "repeat"]
+)
 def test_selected_rows_go_on_as_they_were(decoder, rows, order):
     cache = RaggedCache(len(rows))
     feed(decoder, cache, [x[:-2] for x in rows])

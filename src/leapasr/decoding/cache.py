@@ -126,9 +126,16 @@ class RaggedCache(Cache):
 
     def select(self, rows: Sequence[int], lengths: Sequence[int] | None = None) -> None:
         """Make row i what row `rows[i]` was, or its first `lengths[i]` slots: drops, reorders and repeats rows."""
-        index = torch.tensor(rows, device=self.device)
-        for layer in self.layers:
-            layer.keys, layer.values = layer.keys.index_select(0, index), layer.values.index_select(0, index)
+        moved = [place for place, row in enumerate(rows) if row != place]
+        if all(rows[place] >= len(rows) for place in moved):  # from behind into gaps: the others stay where they are
+            for layer in self.layers:
+                for place in moved:
+                    layer.keys[place], layer.values[place] = layer.keys[rows[place]], layer.values[rows[place]]
+                layer.keys, layer.values = layer.keys[: len(rows)], layer.values[: len(rows)]
+        else:
+            index = torch.tensor(rows, device=self.device)
+            for layer in self.layers:
+                layer.keys, layer.values = layer.keys.index_select(0, index), layer.values.index_select(0, index)
         held = [self.lengths[row] for row in rows]
         self.lengths = held if lengths is None else list(lengths)
         assert all(length <= most for length, most in zip(self.lengths, held, strict=True)), (lengths, held)

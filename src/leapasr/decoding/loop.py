@@ -15,7 +15,7 @@ import math
 from collections import deque
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import compress
+from itertools import accumulate, compress
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -129,7 +129,8 @@ def best_tokens(logits: Tensor) -> tuple[Tensor, Tensor]:
     """The likeliest ids (...) of logits (..., V), and their natural-log probabilities (...) in at least float32."""
     tokens = argmax(logits)  # before any cast, for ties to fall as in transformers' greedy search
     scores = as_scores(logits)
-    return tokens, scores.gather(-1, tokens[..., None])[..., 0] - scores.logsumexp(-1)
+    above = scores - scores.gather(-1, tokens[..., None])  # of the likeliest 0, and of no other more
+    return tokens, -above.exp_().sum(-1).log_()
 
 
 def _drafted_log_probabilities(logits_BJV: Tensor, draft_BJ: Tensor, tokens_BJ: Tensor, log_probs_BJ: Tensor) -> Tensor:
@@ -140,10 +141,14 @@ def _drafted_log_probabilities(logits_BJV: Tensor, draft_BJ: Tensor, tokens_BJ: 
 
 def _staying(rows: list[_Row], cache: RaggedCache, stays: Sequence[bool]) -> list[_Row]:
     """Those of `rows` that stay; `cache` then holds their lines alone (where none stays, it is of no use)."""
-    if any(stays) and not all(stays):
-        line_stays = [stay for row, stay in zip(rows, stays, strict=True) for _ in range(row.num_lines)]
-        cache.select([line for line, stay in enumerate(line_stays) if stay])
-    return list(compress(rows, stays))
+    if all(stays) or not any(stays):
+        return rows if all(stays) else []
+    left = list(compress(range(len(rows)), stays))
+    # the last ones go where others left, which moves the least
+    order = [place if stays[place] else left.pop() for place in range(len(left))]
+    first_lines = [0, *accumulate(row.num_lines for row in rows)]
+    cache.select([line for place in order for line in range(first_lines[place], first_lines[place + 1])])
+    return [rows[place] for place in order]
 
 
 def _first_places(wrong_BJ: Tensor, most: int) -> Tensor:

@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -137,7 +139,8 @@ class SpeechLlamaForConditionalGeneration(PreTrainedModel):
         self.soft_prompt = nn.Embedding(config.soft_prompt, size) if config.soft_prompt else None
         self.mtp_heads = build_heads(config)
         self.draft_layers = build_draft_layers(config)
-        self._ctc_unembedding: Tensor | None = None  # the decoder's, in another dtype
+        self._ctc_unembedding: Tensor | None = None  # the decoder's, in the speech side's dtype
+        self._memory_projections: list[tuple[nn.Module, nn.Module]] = []  # likewise
         self.post_init()
         self.reset_heads()
 
@@ -204,12 +207,18 @@ class SpeechLlamaForConditionalGeneration(PreTrainedModel):
     def set_speech_dtype(self, dtype: torch.dtype) -> None:
         """Let the speech side compute in `dtype`; the decoder, and what it is given, stays in its own.
 
-        On the device, and with the weights, that the model is then to stay with.
+        The speech side is encoder, adapter and CTC head, and the keys and values of a memory of speech. Call it when
+        the model is on its device, and has the weights, that it is to stay with.
         """
         for part in (self.encoder, self.adapter, self.ctc_head):
             cast(part, dtype)
         if self.config.ctc_unembedding:
             self._ctc_unembedding = self.decoder.lm_head.weight.detach().to(dtype)
+        if self.config.speech_as_memory:
+            attentions = [layer.self_attn for layer in self._layers_with_memory()]
+            self._memory_projections = [deepcopy((each.k_proj, each.v_proj)) for each in attentions]
+            for projection in chain.from_iterable(self._memory_projections):
+                projection.to(dtype)
 
     @property
     def ctc_frame_rate(self) -> float:
@@ -307,9 +316,15 @@ class SpeechLlamaForConditionalGeneration(PreTrainedModel):
         for index, layer in enumerate(self._layers_with_memory()):
             drafting = index >= self.config.decoder_config.num_hidden_layers
             normed = layer.input_layernorm(embeddings_BLD[..., -D:] if drafting else embeddings_BLD[..., :D])
+            projections = layer.self_attn.k_proj, layer.self_attn.v_proj
+            if self._memory_projections:
+                projections, normed = self._memory_projections[index], normed.to(self.speech_dtype)
             keys, values = (
-                projection(normed).unflatten(-1, (-1, layer.self_attn.head_dim)).transpose(1, 2)
-                for projection in (layer.self_attn.k_proj, layer.self_attn.v_proj)
+                projection(normed)
+                .to(embeddings_BLD.dtype)
+                .unflatten(-1, (-1, layer.self_attn.head_dim))
+                .transpose(1, 2)
+                for projection in projections
             )
             cache.update(keys, values, index)
 
