@@ -30,7 +30,8 @@ class Prompts:
     behind the prompt's places, consecutively, whatever these say.
 
     A decoder with a memory of speech (`SpeechLlamaConfig.speech_as_memory`) keeps memory_BMD (B, M, D), of lengths
-    memory_lengths_B (B,), in its cache before all else; its prompt is what is left: begin-of-text.
+    memory_lengths_B (B,), in its cache before all else; its prompt is what is left: begin-of-text. Without lengths the
+    memory is for cross-attention: it takes no slots, and all of it is looked at.
     """
 
     embeddings_BLD: Tensor
@@ -52,10 +53,10 @@ class Prompts:
     def row(self, index: int) -> Prompts:
         """One row by itself, without padding."""
         length, memory_length = self.lengths_B[index], None
-        memory = self.memory_BMD
+        memory = None if self.memory_BMD is None else self.memory_BMD[index : index + 1]
         if memory is not None and self.memory_lengths_B is not None:
             memory_length = self.memory_lengths_B[index : index + 1]
-            memory = memory[index : index + 1, : int(memory_length)]
+            memory = memory[:, : int(memory_length)]
         return Prompts(
             self.embeddings_BLD[index : index + 1, :length],
             self.lengths_B[index : index + 1],

@@ -165,16 +165,24 @@ class SequentialHeads(MTPHeads):
 
 def build_heads(config: SpeechLlamaConfig) -> MTPHeads | None:
     """Heads 2..K of `config`; None when K = 1."""
-    D, V, K = config.decoder_config.hidden_size, config.vocab_size, config.num_heads
-    if K == 1:
+    if config.num_heads == 1:
         return None
-    match config.head_type:
+    return new_heads(config.head_type, config.num_heads, config.decoder_config.hidden_size, config.vocab_size)
+
+
+def new_heads(head_type: str, num_heads: int, hidden_size: int, vocab_size: int) -> MTPHeads:
+    """Heads 2..K = `num_heads` of an architecture.
+
+    Raises:
+        ValueError: there is no such architecture.
+    """
+    match head_type:
         case "projection":
-            return ProjectionHeads(K, D, V)
+            return ProjectionHeads(num_heads, hidden_size, vocab_size)
         case "latent":
-            return LatentHeads(K, D)
+            return LatentHeads(num_heads, hidden_size)
         case "residual":
-            return ResidualHeads(K, D)
+            return ResidualHeads(num_heads, hidden_size)
         case "sequential":
-            return SequentialHeads(K, D)
-    raise ValueError(f"unknown head_type {config.head_type!r}")
+            return SequentialHeads(num_heads, hidden_size)
+    raise ValueError(f"unknown head_type {head_type!r}")
