@@ -389,9 +389,7 @@ class Transcriber:
             end=chunk.end,
         )
 
-    def cut(
-        self, recordings: Iterable[tuple[int, np.ndarray]], *, language: str | None = None
-    ) -> list[Chunk[int]]:
+    def cut(self, recordings: Iterable[tuple[int, np.ndarray]], *, language: str | None = None) -> list[Chunk[int]]:
         """The chunks of recordings (key, samples) that can hold speech, none longer than `max_seconds`."""
         return [
             chunk
@@ -533,7 +531,7 @@ def load(
             fitted to another model, or the device or dtype is not known.
     """
     torch_dtype = _dtype(dtype)
-    torch_device = _device(device)
+    torch_device = device_of(device)
     place = locate(model)
     if is_whisper(place):
         from leapasr.whisper_transcriber import load_whisper  # it builds on this module
@@ -574,7 +572,12 @@ def _dtype(name: str | None) -> torch.dtype:
     return DTYPES[name or "float32"]
 
 
-def _device(name: str | torch.device | None) -> torch.device:
+def device_of(name: str | torch.device | None) -> torch.device:
+    """A device by its name; None is a GPU where there is one.
+
+    Raises:
+        ValueError: it cannot be used.
+    """
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

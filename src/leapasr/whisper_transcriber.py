@@ -24,8 +24,8 @@ from leapasr.decoding import DecodingOptions, Prompts
 from leapasr.decoding.drafts import Drafter, MTPDrafter, Reading
 from leapasr.decoding.rules import Timestamps, WhisperRules
 from leapasr.decoding.whisper import WhisperTextDecoder
-from leapasr.model.encoders import FEATURE_RATE
 from leapasr.model.checkpoints import CheckpointError
+from leapasr.model.encoders import FEATURE_RATE
 from leapasr.model.fitted_heads import BLANK, FittedHeads, shipped_heads
 from leapasr.model.whisper import (
     WhisperProcessor,
@@ -232,9 +232,7 @@ class WhisperTranscriber(Transcriber):
         padded = padded.to(frames_BTD.device)
         return Prompts(self.decoder.embed(padded, padded), lengths_B, None, frames_BTD)
 
-    def _batch(
-        self, chunks: Sequence[Chunk], frames_BTD: Tensor, begin: Sequence[Sequence[int]]
-    ) -> EncodedBatch:
+    def _batch(self, chunks: Sequence[Chunk], frames_BTD: Tensor, begin: Sequence[Sequence[int]]) -> EncodedBatch:
         lengths_B = torch.tensor([-(-len(chunk.samples) // SAMPLES_PER_FRAME) for chunk in chunks])
         lengths_B = lengths_B.clamp(max=frames_BTD.shape[1]).to(frames_BTD.device)
         if self.heads is None:
@@ -394,8 +392,12 @@ def load_whisper(
     dtype: torch.dtype,
     adapter: str | os.PathLike | None = None,
     options: WhisperOptions | None = None,
+    bare: bool = False,
 ) -> WhisperTranscriber:
     """A Whisper by hub name or folder, with the heads in `adapter`, or else those inside the package for its weights.
+
+    Args:
+        bare: without heads.
 
     Raises:
         ValueError: the model cannot be loaded, the heads were fitted to another one, or the options do not fit it.
@@ -410,7 +412,7 @@ def load_whisper(
     weights = fingerprint(model)
     folder = shipped_heads(weights) if adapter is None else Path(adapter)
     heads = None
-    if folder is not None:
+    if not bare and folder is not None:
         heads = FittedHeads.load(folder)
         heads.check(weights, name=place)
     torch.nn.Module.to(model, device, dtype)

@@ -100,7 +100,7 @@ class RaggedCache(Cache):
 
     def __init__(self, num_rows: int, *, device: torch.device | str = "cpu", memory: Sequence[Any] | None = None):
         self.lengths = [0] * num_rows
-        self.memory = [None] * num_rows if memory is None else list(memory)
+        self.memory: list[Any] = [None] * num_rows if memory is None else list(memory)
         assert len(self.memory) == num_rows, f"{len(self.memory)} memories for {num_rows} rows"
         self.device = device
         self._write = _Write()

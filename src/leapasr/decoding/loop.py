@@ -370,9 +370,7 @@ class DecodingLoop:
         else:
             hidden_BRD = hidden_BWD
         rules = self._rules if self._rules is not None and any(map(self._rules.bind, texts)) else None
-        logits_BRV = self.decoder.logits(
-            hidden_BRD, exact=self.strategy.accepts_other_tokens or rules is not None
-        )
+        logits_BRV = self.decoder.logits(hidden_BRD, exact=self.strategy.accepts_other_tokens or rules is not None)
         if rules is not None:
             logits_BRV = rules.obeyed(logits_BRV, texts, drafted)
         tokens_BR, log_probs_BR = best_tokens(logits_BRV)

@@ -131,7 +131,6 @@ class WhisperTextDecoder:
             unembed = self._unembed_draft
         return self.mtp_heads.draft_logits_each(asked, unembed, self.embed_tokens)
 
-
     def _unembed_draft(self, hidden: Tensor) -> Tensor:
         """Logits (..., V) of states (..., D) of heads 2..K, −∞ for what drafts are not made of."""
         assert self._draft_tokens is not None
@@ -170,10 +169,10 @@ class _Layer:
         attended = nn.functional.scaled_dot_product_attention(q, k, v, mask_B1WS, scale=1.0)
         hidden_BWD = hidden_BWD + self.o(_joined(attended))
         q = self._heads(self.cross_q(self.cross_norm(hidden_BWD)) * self.scaling)
-        looked = [
-            nn.functional.scaled_dot_product_attention(q[row : row + 1], *memory[self.index], scale=1.0)
-            for row, memory in enumerate(cache.memory)
-        ]
+        looked = []
+        for row, memory in enumerate(cache.memory):
+            k, v = memory[self.index]
+            looked.append(nn.functional.scaled_dot_product_attention(q[row : row + 1], k, v, scale=1.0))
         hidden_BWD = hidden_BWD + self.cross_o(_joined(looked[0] if len(looked) == 1 else torch.cat(looked)))
         return hidden_BWD + self.down(self.activation(self.up(self.norm(hidden_BWD))))
 

@@ -75,7 +75,9 @@ def _from_ctranslate2(folder: Path) -> WhisperForConditionalGeneration:
         suppressed, not_first = given["suppress_ids"], given["suppress_ids_begin"]
         languages = tokenizer.convert_ids_to_tokens(given["lang_ids"])
     except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{folder} has no usable config.json ({error}): copy it from where it came from") from error
+        raise CheckpointError(
+            f"{folder} has no usable config.json ({error}): copy it from where it came from"
+        ) from error
     generation = whisper_generation_config(
         tokenizer,
         languages=languages if config.vocab_size >= MULTILINGUAL_VOCABULARY else (),
@@ -173,13 +175,14 @@ def load_whisper_processor(name_or_path: str | Path, model: WhisperForConditiona
         CheckpointError: there is no usable tokenizer.
     """
     config: WhisperConfig = model.config
+    generation: Any = model.generation_config
     seconds = 2 * config.max_source_positions / 100
     assert seconds == int(seconds), "audio of whole seconds"
     extractor = WhisperFeatureExtractor(feature_size=config.num_mel_bins, chunk_length=int(seconds))
     return WhisperProcessor(
         extractor,
         whisper_tokenizer(name_or_path),
-        timestamp_begin=model.generation_config.no_timestamps_token_id + 1,
+        timestamp_begin=generation.no_timestamps_token_id + 1,
     )
 
 
