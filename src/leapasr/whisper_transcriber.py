@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import WhisperForConditionalGeneration
 
 from leapasr.audio import SAMPLE_RATE, AudioError
-from leapasr.chunks import WHOLE, Chunk, Clip, clipped
+from leapasr.chunks import SHORTEST_SECONDS, WHOLE, Chunk, Clip, clipped
 from leapasr.decoding import DecodingOptions, Prompts
 from leapasr.decoding.drafts import Drafter, MTPDrafter, Reading
 from leapasr.decoding.rules import Timestamps, WhisperRules
@@ -351,10 +351,12 @@ class WhisperTranscriber(Transcriber):
     def windowed(self, samples: np.ndarray) -> WindowedRecording:
         """A recording of 16 kHz samples (num_samples,), none of it heard yet."""
         extractor = self.processor.feature_extractor
-        features = extractor(samples, sampling_rate=SAMPLE_RATE, truncation=False, padding=False).input_features[0]
-        return WindowedRecording(
-            torch.as_tensor(np.asarray(features)).T, 2 * self.model.config.max_source_positions, self._timestamps.begin
-        )
+        features_FT = np.zeros((extractor.feature_size, 0), np.float32)
+        if len(samples) >= SHORTEST_SECONDS * SAMPLE_RATE:
+            given = extractor(samples, sampling_rate=SAMPLE_RATE, truncation=False, padding=False)
+            features_FT = np.asarray(given.input_features[0])
+        window = 2 * self.model.config.max_source_positions
+        return WindowedRecording(torch.as_tensor(features_FT).T, window, self._timestamps.begin)
 
     @torch.inference_mode()
     def encode_windows(self, stretches: Sequence[_Stretch]) -> EncodedBatch:

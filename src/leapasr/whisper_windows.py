@@ -97,7 +97,7 @@ class WindowedRecording:
             if times and times[-1] != self.timestamp_begin:
                 steps = times[-1] - self.timestamp_begin
             segments, moved = [Written(start, start + steps * STEP_SECONDS, tokens)], num_frames
-        self.place += moved
+        self.place += moved or num_frames  # nothing was heard: `generate` would hear it again and again
         self.written += segments
         return segments
 
