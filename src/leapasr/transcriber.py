@@ -36,6 +36,7 @@ from leapasr.decoding.rules import Rules
 from leapasr.model.argmax import argmax
 from leapasr.model.checkpoints import CheckpointError
 from leapasr.model.encoders import FEATURE_RATE
+from leapasr.model.information import ModelInformation, describe
 from leapasr.model.processing import SpeechLlamaProcessor
 from leapasr.model.speech_llama import SpeechLlamaForConditionalGeneration
 from leapasr.model.whisper import is_whisper
@@ -135,6 +136,10 @@ class Transcriber:
             raise ValueError(
                 f"initial prompt {initial_prompt!r:.80} given, but the model takes none: it was trained on speech alone"
             )
+
+    def describe(self, name_or_path: str) -> ModelInformation:
+        """What the model is made of, which was loaded from `name_or_path`."""
+        return describe(self.model, name_or_path, max_seconds=self.max_seconds)
 
     @property
     def max_seconds(self) -> float:

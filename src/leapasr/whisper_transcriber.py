@@ -27,6 +27,7 @@ from leapasr.decoding.whisper import WhisperTextDecoder
 from leapasr.model.checkpoints import CheckpointError
 from leapasr.model.encoders import FEATURE_RATE
 from leapasr.model.fitted_heads import BLANK, FittedHeads, shipped_heads
+from leapasr.model.information import ModelInformation, describe_whisper
 from leapasr.model.whisper import (
     WhisperProcessor,
     fingerprint,
@@ -155,6 +156,9 @@ class WhisperTranscriber(Transcriber):
 
     def language_of(self, asked: str | None) -> str | None:
         return self.language if asked is None else self._known_language(asked)
+
+    def describe(self, name_or_path: str) -> ModelInformation:
+        return describe_whisper(self.model, self.heads, name_or_path, max_seconds=self.max_seconds)
 
     @property
     def max_seconds(self) -> float:
