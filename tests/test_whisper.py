@@ -484,8 +484,9 @@ def test_transcriptions_are_what_generate_writes(transcriber, model, drafts, bat
     done = transcriber.transcribe(audio, options, batch_size=batch_size)
     for samples, result in zip(audio, done, strict=True):
         written = model.generate(
-            features_of(transcriber, samples), language="de", task="transcribe", return_timestamps=False
-        )
+            features_of(transcriber, samples), language="de", task="transcribe", return_timestamps=False,
+            force_unique_generate_call=True,  # it would hear again what is behind a pair of timestamps
+        )  # fmt: skip
         expected = bare(model, written[0].tolist())
         assert result.tokens == expected
         assert result.language == "de"

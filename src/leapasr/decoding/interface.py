@@ -150,19 +150,27 @@ class CausalLMDecoder:
         causal_lm: takes ``inputs_embeds``, ``position_ids``, a 4-D ``attention_mask`` and ``past_key_values``, attends
             to all earlier positions, and its logits are its output embeddings times its last hidden state.
         mtp_heads: heads 2..K, None for K = 1. draft_layers: what they alone read through.
+        body: the LM without its unembedding; None: its `base_model`.
 
     Raises:
         ValueError: the LM has no end-of-text token.
     """
 
     def __init__(
-        self, causal_lm: PreTrainedModel, mtp_heads: MTPHeads | None = None, draft_layers: DraftLayers | None = None
+        self,
+        causal_lm: PreTrainedModel,
+        mtp_heads: MTPHeads | None = None,
+        draft_layers: DraftLayers | None = None,
+        *,
+        body: nn.Module | None = None,
     ):
-        config = causal_lm.config
+        config = causal_lm.config.get_text_config()
         end = config.eos_token_id
+        if end is None and causal_lm.generation_config is not None:
+            end = causal_lm.generation_config.eos_token_id
         if end is None:
             raise ValueError("the decoder's configuration has no eos_token_id: texts would never end")
-        self.body: Any = causal_lm.base_model
+        self.body: Any = causal_lm.base_model if body is None else body
         self.lm_head: nn.Linear = causal_lm.get_output_embeddings()
         self.embed_tokens: nn.Embedding = causal_lm.get_input_embeddings()  # type: ignore[assignment]
         self.mtp_heads, self.draft_layers = mtp_heads, draft_layers
