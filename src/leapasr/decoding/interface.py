@@ -88,6 +88,7 @@ class Decoder(Protocol):
         max_text: tokens of the longest text that it can write.
         vocab_size: V.
         end_tokens: token ids that end a text.
+        draft_tokens: ids int64 (C,) that heads 2..K choose from, in the order of their logits; None: all.
         device: where its inputs go.
         dtype: its floating-point type, in which masks are given.
     """
@@ -97,6 +98,7 @@ class Decoder(Protocol):
     max_text: int
     vocab_size: int
     end_tokens: frozenset[int]
+    draft_tokens: Tensor | None
     device: torch.device
     dtype: torch.dtype
 
@@ -134,7 +136,7 @@ class Decoder(Protocol):
     def draft_logits(self, hidden_BH: Tensor, first_tokens_B: Tensor, num_drafts: int, *, exact: bool = True) -> Tensor:
         """Logits (B, J, V) of heads 2..J+1 from what `call` gave (B, H), where head 1 chose `first_tokens_B`.
 
-        Not exact, they are as good as drafts need.
+        With `draft_tokens` (B, J, C). Not exact, they are as good as drafts need.
         """
 
     def draft_logits_each(self, asked: Sequence[tuple[Tensor, Tensor, int]], *, exact: bool = True) -> list[Tensor]:
@@ -155,6 +157,8 @@ class CausalLMDecoder:
     Raises:
         ValueError: the LM has no end-of-text token.
     """
+
+    draft_tokens: Tensor | None = None
 
     def __init__(
         self,

@@ -419,10 +419,15 @@ class DecodingLoop:
         )
         columns = []
         for (places_BM, num_heads), logits_NGV in zip(asked, logits, strict=True):
-            guesses_NG, log_probs_NG = best_tokens(logits_NGV)
+            best_NG, log_probs_NG = best_tokens(logits_NGV)
+            guesses_NG = self._drafted(best_NG)
             width = places_BM.shape[1] * num_heads
             columns += [places_BM, guesses_NG.view(B, width), log_probs_NG.exp().view(B, width)]
         return columns
+
+    def _drafted(self, places: Tensor) -> Tensor:
+        """The ids of these outputs of heads 2..K."""
+        return places if self.decoder.draft_tokens is None else self.decoder.draft_tokens[places]
 
     @staticmethod
     def _parse(

@@ -62,7 +62,7 @@ class WhisperTextDecoder:
         self._positions_VD: Tensor = body.embed_positions.weight
         self._suppressed = torch.tensor(sorted(suppressed), dtype=torch.long, device=self.device)
         self._rough: RoughUnembedding | None = None
-        self._draft_tokens = None if draft_tokens is None else draft_tokens.to(self.device, torch.long)
+        self.draft_tokens = None if draft_tokens is None else draft_tokens.to(self.device, torch.long)
         self.prepare(Ways())
 
     def prepare(self, ways: Ways) -> None:
@@ -72,8 +72,8 @@ class WhisperTextDecoder:
         self._rough = None
         if ways.rough and self.dtype.itemsize >= 4:
             self._rough = RoughUnembedding(self._without_suppressed(), how)
-        if self.mtp_heads is not None and self._draft_tokens is not None:
-            self._draft_product = how(_rows_of(self.lm_head, self._draft_tokens))
+        if self.mtp_heads is not None and self.draft_tokens is not None:
+            self._draft_product = how(_rows_of(self.lm_head, self.draft_tokens))
 
     def _without_suppressed(self) -> nn.Linear:
         """The unembedding, with a bias that rules out what is never written."""
@@ -126,16 +126,10 @@ class WhisperTextDecoder:
     def draft_logits_each(self, asked: Sequence[tuple[Tensor, Tensor, int]], *, exact: bool = True) -> list[Tensor]:
         assert self.mtp_heads is not None
         assert all(num_drafts < self.num_heads for *_, num_drafts in asked)
+        if self.draft_tokens is not None:
+            return self.mtp_heads.draft_logits_each(asked, self._draft_product, self.embed_tokens, self.draft_tokens)
         unembed = self._unembed if exact or self._rough is None else self._rough.rough
-        if self._draft_tokens is not None:
-            unembed = self._unembed_draft
         return self.mtp_heads.draft_logits_each(asked, unembed, self.embed_tokens)
-
-    def _unembed_draft(self, hidden: Tensor) -> Tensor:
-        """Logits (..., V) of states (..., D) of heads 2..K, −∞ for what drafts are not made of."""
-        assert self._draft_tokens is not None
-        logits = hidden.new_full((*hidden.shape[:-1], self.vocab_size), -torch.inf)
-        return logits.index_copy_(-1, self._draft_tokens, self._draft_product(hidden))
 
 
 class _Layer:
