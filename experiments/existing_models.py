@@ -135,9 +135,10 @@ def tables(rows: Sequence[Mapping]) -> list[str]:
         same = min(row[f"same_as_generate_{name}"] for name in ("autoregressive", *STRATEGIES))
         fewer = " | ".join(f"{row[f'call_reduction_{name}']:.2f}x" for name in STRATEGIES)
         target = TARGETS.get(row["test_set"].split("/")[0], TARGET)
+        wer, low, high = (100 * row[name] for name in ("wer", "wer_low", "wer_high"))
         page.append(
-            f"| {row['model']} | {row['test_set']} | {row['num_utterances']} | {100 * same:.2f} | {100 * row['wer']:.2f} "
-            f"({100 * row['wer_low']:.2f} to {100 * row['wer_high']:.2f}) | {fewer} | {target:g}x |"
+            f"| {row['model']} | {row['test_set']} | {row['num_utterances']} | {100 * same:.2f} "
+            f"| {wer:.2f} ({low:.2f} to {high:.2f}) | {fewer} | {target:g}x |"
         )
     page += [
         "",
