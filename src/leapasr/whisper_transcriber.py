@@ -139,7 +139,7 @@ class WhisperTranscriber(Transcriber):
         if language is not None:
             self._known_language(language)
         if initial_prompt is not None:
-            raise ValueError(f"initial prompt {initial_prompt!r:.80} given, and there is no place for it yet")
+            raise ValueError(f"initial prompt {initial_prompt!r:.80} given, and none is taken: leave it out")
         if options.strategy == "beam":
             raise ValueError(
                 "beam search of a Whisper is transformers' own (model.generate(num_beams=...)): choose another strategy"

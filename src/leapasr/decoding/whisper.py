@@ -74,6 +74,7 @@ class WhisperTextDecoder:
             self._rough = RoughUnembedding(self._without_suppressed(), how)
         if self.mtp_heads is not None and self.draft_tokens is not None:
             self._draft_product = how(_rows_of(self.lm_head, self.draft_tokens))
+            self._draft_suppressed = torch.isin(self.draft_tokens, self._suppressed).nonzero()[:, 0]
 
     def _without_suppressed(self) -> nn.Linear:
         """The unembedding, with a bias that rules out what is never written."""
@@ -127,9 +128,13 @@ class WhisperTextDecoder:
         assert self.mtp_heads is not None
         assert all(num_drafts < self.num_heads for *_, num_drafts in asked)
         if self.draft_tokens is not None:
-            return self.mtp_heads.draft_logits_each(asked, self._draft_product, self.embed_tokens, self.draft_tokens)
+            return self.mtp_heads.draft_logits_each(asked, self._unembed_draft, self.embed_tokens, self.draft_tokens)
         unembed = self._unembed if exact or self._rough is None else self._rough.rough
         return self.mtp_heads.draft_logits_each(asked, unembed, self.embed_tokens)
+
+    def _unembed_draft(self, hidden: Tensor) -> Tensor:
+        """Logits (..., C) of states (..., D) of heads 2..K."""
+        return self._draft_product(hidden).index_fill_(-1, self._draft_suppressed, -torch.inf)
 
 
 class _Layer:

@@ -58,7 +58,15 @@ def load_whisper_model(name_or_path: str | Path) -> WhisperForConditionalGenerat
     """
     if (Path(name_or_path) / CTRANSLATE2_FILE).is_file():
         return _from_ctranslate2(Path(name_or_path))
-    model = WhisperForConditionalGeneration.from_pretrained(name_or_path, dtype=torch.float32)
+    found: Any = WhisperForConditionalGeneration.from_pretrained(
+        name_or_path, dtype=torch.float32, output_loading_info=True
+    )
+    model, loaded = found
+    missing = sorted(set(loaded["missing_keys"]) - {*_COMPUTED, "proj_out.weight"})
+    if missing:
+        raise CheckpointError(
+            f"{name_or_path} lacks {len(missing)} of a Whisper's weights ({missing[0]}, ...): it is incomplete"
+        )
     if getattr(model.generation_config, "no_timestamps_token_id", None) is None:
         raise CheckpointError(
             f"{name_or_path} has no generation_config.json that says which tokens are timestamps: take that of the "
