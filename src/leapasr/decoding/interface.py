@@ -152,7 +152,8 @@ class CausalLMDecoder:
         causal_lm: takes ``inputs_embeds``, ``position_ids``, a 4-D ``attention_mask`` and ``past_key_values``, attends
             to all earlier positions, and its logits are its output embeddings times its last hidden state.
         mtp_heads: heads 2..K, None for K = 1. draft_layers: what they alone read through.
-        body: the LM without its unembedding; None: its `base_model`.
+        body: the LM without its unembedding; None: its `base_model`. Where a larger model is around it, that one's
+            generation configuration says what ends a text.
 
     Raises:
         ValueError: the LM has no end-of-text token.
@@ -169,9 +170,7 @@ class CausalLMDecoder:
         body: nn.Module | None = None,
     ):
         config = causal_lm.config.get_text_config()
-        end = config.eos_token_id
-        if end is None and causal_lm.generation_config is not None:
-            end = causal_lm.generation_config.eos_token_id
+        end = (config if body is None else causal_lm.generation_config).eos_token_id  # type: ignore[union-attr]
         if end is None:
             raise ValueError("the decoder's configuration has no eos_token_id: texts would never end")
         self.body: Any = causal_lm.base_model if body is None else body

@@ -118,6 +118,8 @@ class FasterWhisper:
         ValueError: the folder holds no such model.
     """
 
+    language = "en"
+
     def __init__(self, name: str, folder: str | Path, *, language: str = "en", device: str = "cpu"):
         try:
             from faster_whisper import BatchedInferencePipeline, WhisperModel
