@@ -211,10 +211,15 @@ def test_positions_count_the_tokens_that_ctc_has_begun(stacking):
     assert plain.tolist() == [list(range(-(-13 // stacking)))] * 3
 
 
+def shared_ctc_head(config) -> SharedCTCHead:
+    size = config.decoder_config.hidden_size
+    return SharedCTCHead(config.adapter_size, size, blank_token_id=config.blank_token_id)
+
+
 def test_a_shared_ctc_head_reads_tokens_through_the_unembedding_and_the_blank_by_itself():
     config = tiny_config()
     torch.manual_seed(0)
-    head = SharedCTCHead(config).double()
+    head = shared_ctc_head(config).double()
     unembedding_VD = torch.randn(config.vocab_size, config.decoder_config.hidden_size, dtype=torch.float64)
     frames = torch.randn(2, 5, config.adapter_size, dtype=torch.float64, requires_grad=True)
     logits = head(frames, unembedding_VD)
@@ -229,7 +234,7 @@ def test_a_shared_ctc_head_reads_tokens_through_the_unembedding_and_the_blank_by
 
 def test_a_shared_ctc_head_begins_with_what_the_decoders_norm_gives():
     config = tiny_config()
-    head = SharedCTCHead(config)
+    head = shared_ctc_head(config)
     norm = torch.nn.RMSNorm(config.decoder_config.hidden_size)
     norm.weight.data.uniform_(0.5, 2)
     head.reset_from(norm)

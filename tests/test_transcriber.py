@@ -490,7 +490,8 @@ def truncate(name, size):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (write_config(model_type="whisper"), "model of type 'whisper', not 'speech_llama'"),
+        (write_config(model_type="llama"), "model of type 'llama', not 'speech_llama'"),
+        (write_config(model_type="whisper"), "lacks [0-9]+ of a Whisper's weights"),
         (write_config(adapter_size=32), "another architecture"),
         (truncate("model.safetensors", 5000), "damaged or cut short"),
         (truncate("model.safetensors", 0), "damaged or cut short"),

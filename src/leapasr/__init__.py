@@ -16,8 +16,19 @@ if TYPE_CHECKING:
     from leapasr.decoding.options import DecodingOptions
     from leapasr.transcriber import Transcriber, load
     from leapasr.transcription import Segment, Transcription, Word
+    from leapasr.whisper_transcriber import WhisperOptions
 
-__all__ = ["AudioError", "DecodingOptions", "Segment", "Transcriber", "Transcription", "Word", "__version__", "load"]
+__all__ = [
+    "AudioError",
+    "DecodingOptions",
+    "Segment",
+    "Transcriber",
+    "Transcription",
+    "WhisperOptions",
+    "Word",
+    "__version__",
+    "load",
+]
 
 __version__ = importlib.metadata.version("leapasr")
 
@@ -27,6 +38,7 @@ _HOMES = {
     "Segment": "leapasr.transcription",
     "Transcriber": "leapasr.transcriber",
     "Transcription": "leapasr.transcription",
+    "WhisperOptions": "leapasr.whisper_transcriber",
     "Word": "leapasr.transcription",
     "load": "leapasr.transcriber",
 }

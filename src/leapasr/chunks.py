@@ -29,11 +29,15 @@ WHOLE: tuple[Clip, ...] = ((0.0, math.inf),)
 
 @dataclass(frozen=True, eq=False)
 class Chunk(Generic[Key]):
-    """A stretch of a recording: whose it is, where it begins in it (seconds), and its 16 kHz samples (num_samples,)."""
+    """A stretch of a recording: whose it is, where it begins in it (seconds), and its 16 kHz samples (num_samples,).
+
+    language: code of that which is to be written; None leaves it to the model.
+    """
 
     recording: Key
     start: float
     samples: np.ndarray
+    language: str | None = None
 
     @property
     def seconds(self) -> float:
@@ -45,18 +49,21 @@ class Chunk(Generic[Key]):
         return self.start + self.seconds
 
 
-def cut_recording(recording: Key, samples: np.ndarray, *, max_seconds: float) -> list[Chunk[Key]]:
+def cut_recording(
+    recording: Key, samples: np.ndarray, *, max_seconds: float, language: str | None = None
+) -> list[Chunk[Key]]:
     """The chunks of a recording that can hold speech: none is longer than `max_seconds`, silence is left out."""
-    return list(cut_pieces(recording, [(0, samples)], max_seconds=max_seconds))
+    return list(cut_pieces(recording, [(0, samples)], max_seconds=max_seconds, language=language))
 
 
 def cut_pieces(
-    recording: Key, pieces: Iterable[tuple[int, np.ndarray]], *, max_seconds: float
+    recording: Key, pieces: Iterable[tuple[int, np.ndarray]], *, max_seconds: float, language: str | None = None
 ) -> Generator[Chunk[Key], None, int]:
     """Chunks as of `cut_recording`, of a recording that comes piece by piece; a few chunks' audio is held at once.
 
     Args:
         pieces: (first sample in the recording, samples), in order; no chunk reaches over a gap between them.
+        language: of the chunks.
 
     Returns:
         (at the generator's end) how many samples there were.
@@ -74,7 +81,7 @@ def cut_pieces(
         for first, end in cut_at_silences(samples, max_seconds=max_seconds):
             if more and first + decisive > len(samples):
                 break
-            chunk = Chunk(recording, (start + first) / SAMPLE_RATE, samples[first:end])
+            chunk = Chunk(recording, (start + first) / SAMPLE_RATE, samples[first:end], language)
             if chunk.seconds >= SHORTEST_SECONDS and not is_silent(chunk.samples):
                 yield chunk
             done = end

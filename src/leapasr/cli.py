@@ -18,6 +18,7 @@ import typer
 
 if TYPE_CHECKING:
     from leapasr.decoding.options import DecodingOptions
+    from leapasr.whisper_transcriber import WhisperOptions
 
 app = typer.Typer(
     help="Speech recognition with a language model inside that predicts several tokens per decoder call.",
@@ -58,6 +59,22 @@ DraftLength = Annotated[
     Literal["worthwhile", "full"] | None,
     typer.Option(help="For --strategy verify, beam: drafts as long as is fastest on this machine, or all; worthwhile."),
 ]
+Adapter = Annotated[
+    Path | None, typer.Option(help="For a Whisper: folder of heads that 'leapasr fit' made; else those in the package.")
+]
+Language = Annotated[
+    str | None, typer.Option(help="For a Whisper: language of all audio; detected for each stretch without it.")
+]
+Task = Annotated[
+    Literal["transcribe", "translate"] | None, typer.Option(help="For a Whisper: translate is into English.")
+]
+Timestamps = Annotated[
+    bool, typer.Option("--timestamps", help="For a Whisper: go through recordings by the model's own timestamps.")
+]
+Conditioned = Annotated[
+    bool,
+    typer.Option("--condition-on-previous-text", help="For a Whisper, with --timestamps: go on from the text before."),
+]
 Use = Annotated[Literal["train", "dev", "test"] | None, typer.Option(help="Only utterances of this use.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="So many utterances, spread over each manifest.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Stretches of audio computed together.")]
@@ -71,6 +88,16 @@ Dtype = Annotated[
 def complain(message: str) -> None:
     """A line on standard error."""
     typer.echo(f"leapasr: {' '.join(message.split())}", err=True)
+
+
+def whisper_options(**fields: Any) -> WhisperOptions | None:
+    """What a Whisper is asked to write; None where the command line says nothing of it."""
+    given = {name: value for name, value in fields.items() if value}
+    if not given:
+        return None
+    from leapasr.whisper_transcriber import WhisperOptions
+
+    return WhisperOptions(**given)
 
 
 @contextmanager
@@ -178,6 +205,10 @@ def transcribe(
     language: Annotated[
         str | None, typer.Option(help="Language of the speech, a code or a name; refused if the model has another.")
     ] = None,
+    adapter: Adapter = None,
+    task: Task = None,
+    timestamps: Timestamps = False,
+    condition_on_previous_text: Conditioned = False,
     initial_prompt: Annotated[
         str | None, typer.Option(help="Text to go on from; refused, as models here take none.")
     ] = None,
@@ -231,7 +262,10 @@ def transcribe(
             explained=explain,
         )
         quiet_libraries()
-        transcriber = load(model, device=device, dtype=dtype)
+        whisper = whisper_options(
+            task=task, timestamps=timestamps, condition_on_previous_text=condition_on_previous_text
+        )
+        transcriber = load(model, device=device, dtype=dtype, adapter=adapter, whisper=whisper)
         transcriber.check(options, language=language, initial_prompt=initial_prompt)
     to_terminal = output_dir is None and sys.stdout.isatty()
     explanation = partial(explain_text, processor=transcriber.processor, color=to_terminal) if explain else None
@@ -244,6 +278,7 @@ def transcribe(
             options,
             batch_size=batch_size,
             clips=clips,
+            language=language,
             vad_filter=vad_filter,
             explanation=explanation,
             write=lambda text: typer.echo(text, nl=False),
@@ -258,6 +293,8 @@ def transcribe(
 def evaluate(
     manifests: Annotated[list[Path], typer.Argument(help="Manifests: leapasr, NeMo, lhotse or Kaldi.")],
     model: Model = None,
+    adapter: Adapter = None,
+    language: Language = None,
     strategy: Strategy = "verify",
     threshold: Threshold = None,
     ratio: Ratio = None,
@@ -296,8 +333,10 @@ def evaluate(
         from leapasr.transcriber import load
 
         quiet_libraries()
-        transcriber = load(model, device=device, dtype=dtype)
-        options.check(transcriber.decoder.num_heads)
+        transcriber = load(
+            model, device=device, dtype=dtype, adapter=adapter, whisper=whisper_options(language=language)
+        )
+        transcriber.check(options)
     reports, failed = [], False
     with reported():
         for path in manifests:
@@ -336,6 +375,8 @@ def bench(
         list[Path] | None, typer.Argument(help="Manifests: leapasr, NeMo, lhotse or Kaldi. None with --replay.")
     ] = None,
     model: Model = None,
+    adapter: Adapter = None,
+    language: Language = None,
     use: Use = None,
     limit: Limit = None,
     batch_size: Annotated[str, typer.Option(help="Stretches of audio computed together: sizes, by commas.")] = "1,8",
@@ -382,7 +423,9 @@ def bench(
         quiet_libraries()
         if threads:
             torch.set_num_threads(threads)
-        transcriber = load(model, device=device, dtype=dtype)
+        transcriber = load(
+            model, device=device, dtype=dtype, adapter=adapter, whisper=whisper_options(language=language)
+        )
         if trace:
             from leapasr.evaluation.replay import record, write_trace
 
@@ -556,6 +599,59 @@ def train(
 
 
 @app.command()
+def fit(
+    model: Annotated[str, typer.Argument(help="Whisper: hub name, transformers folder or CTranslate2 folder.")],
+    audio: Annotated[
+        list[Path], typer.Option(help="Manifest, or folder of audio files; may be repeated. Transcripts are not read.")
+    ],
+    output: Annotated[Path, typer.Option(help="Folder of the fitted heads.")],
+    heads: Annotated[int, typer.Option(min=2, help="Heads, head 1 included, which is the model's own.")] = 5,
+    head_type: Annotated[
+        Literal["latent", "residual", "sequential"], typer.Option(help="What heads 2 to K are.")
+    ] = "residual",
+    adapter_size: Annotated[int, typer.Option(min=4, help="Width of what reads the encoder for CTC.")] = 256,
+    adapter_layers: Annotated[int, typer.Option(min=1, help="Its layers.")] = 2,
+    updates: Annotated[int, typer.Option(min=1, help="Updates of training.")] = 3000,
+    learning_rate: Annotated[float, typer.Option(min=0, help="The peak.")] = 1e-3,
+    cache: Annotated[
+        Path | None, typer.Option(help="Folder for what the model makes of the audio; in --output without it.")
+    ] = None,
+    language: Annotated[
+        str | None, typer.Option(help="Language of all audio; without it, what manifests say, or what is detected.")
+    ] = None,
+    device: Device = None,
+    seed: Annotated[int, typer.Option(help="Of new weights and the order of lessons.")] = 1,
+) -> None:
+    """Fit heads to a Whisper: the same output in fewer decoder calls. The same command goes on where it stopped."""
+    quiet_libraries()
+    with reported():
+        from leapasr.training.fit import FitConfig
+        from leapasr.training.fit import fit as fit_heads
+        from leapasr.transcriber import device_of
+
+        folder = fit_heads(
+            model,
+            audio,
+            output,
+            FitConfig(
+                num_heads=heads,
+                head_type=head_type,
+                adapter_size=adapter_size,
+                adapter_layers=adapter_layers,
+                updates=updates,
+                learning_rate=learning_rate,
+                seed=seed,
+            ),
+            cache=cache,
+            language=language,
+            device=device_of(device),
+            progress=lambda description, total: progress_bar(description, total=total, unit=""),
+            complain=complain,
+        )
+    typer.echo(folder)
+
+
+@app.command()
 def average(
     models: Annotated[list[Path], typer.Argument(help="Folders of models that began as the same one.")],
     output: Annotated[Path, typer.Option(help="Folder of the averaged model.")],
@@ -575,6 +671,9 @@ def average(
 @app.command()
 def serve(
     model: Model = None,
+    adapter: Adapter = None,
+    language: Language = None,
+    task: Task = None,
     host: Annotated[
         str, typer.Option(help="Address to listen at; 0.0.0.0 is all that this machine has.")
     ] = "127.0.0.1",
@@ -601,7 +700,9 @@ def serve(
             upload_bytes=int(max_upload_mb * 1e6), audio_seconds=max_seconds, num_requests=queue, timeout=timeout
         )
         quiet_libraries()
-        transcriber = load(model, device=device, dtype=dtype)
+        transcriber = load(
+            model, device=device, dtype=dtype, adapter=adapter, whisper=whisper_options(language=language, task=task)
+        )
         if not api_key and not is_loopback(host):
             complain(f"warning: whoever reaches {host} can use this server: give it an --api-key")
         serve_model(
@@ -616,19 +717,20 @@ def serve(
 
 
 @app.command()
-def info(model: Annotated[str | None, typer.Argument(help="Model folder or hub name.")] = None) -> None:
+def info(
+    model: Annotated[str | None, typer.Argument(help="Model folder or hub name.")] = None, adapter: Adapter = None
+) -> None:
     """Show what a model is made of."""
     from rich.console import Console
     from rich.table import Table
 
-    from leapasr.model.information import describe
     from leapasr.transcriber import load, locate
 
     quiet_libraries()
     with reported():
         place = locate(model)
-        transcriber = load(place, device="cpu")
-        information = describe(transcriber.model, place, max_seconds=transcriber.max_seconds)
+        transcriber = load(place, device="cpu", adapter=adapter)
+        information = transcriber.describe(place)
     table = Table(place, "", show_lines=False)
     for name, value in information.rows():
         table.add_row(name, value)

@@ -14,11 +14,12 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import IO, overload
+from typing import IO, TYPE_CHECKING, Any, overload
 
 import numpy as np
 import torch
 from huggingface_hub import metadata_load
+from transformers import PreTrainedModel
 from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
 from transformers.utils import cached_file
 from yaml import YAMLError
@@ -27,16 +28,23 @@ from leapasr.audio import SAMPLE_RATE, AudioError, read_blocks
 from leapasr.chunks import WHOLE, Chunk, Clip, by_length, check_clips, clipped, cut_pieces, cut_recording, windows
 from leapasr.decoding import DecodingOptions, DecodingResult, Prompts, SpeechLlamaDecoder, build_loop
 from leapasr.decoding.costs import FREE, CallCosts, tune
-from leapasr.decoding.ctc import greedy_ctc, read_ctc
-from leapasr.decoding.drafts import Drafter, build_drafter
+from leapasr.decoding.ctc import read_ctc
+from leapasr.decoding.drafts import Drafter, Reading, build_drafter
 from leapasr.decoding.guards import MAX_TOKENS_AT_LEAST, MAX_TOKENS_PER_SECOND, token_bound
+from leapasr.decoding.interface import Decoder
+from leapasr.decoding.rules import Rules
 from leapasr.model.argmax import argmax
 from leapasr.model.checkpoints import CheckpointError
 from leapasr.model.encoders import FEATURE_RATE
+from leapasr.model.information import ModelInformation, describe
 from leapasr.model.processing import SpeechLlamaProcessor
 from leapasr.model.speech_llama import SpeechLlamaForConditionalGeneration
+from leapasr.model.whisper import is_whisper
 from leapasr.running import DecodedChunk, EncodedBatch, RunningBatch, timed
 from leapasr.transcription import Segment, Transcription, timed_words, token_times
+
+if TYPE_CHECKING:
+    from leapasr.whisper_transcriber import WhisperOptions
 
 MAX_CHUNK_SECONDS = 25.0
 MIN_FILTERED_SECONDS = 1.0  # in shorter chunks the CTC head may miss the only word
@@ -72,6 +80,8 @@ class Transcriber:
         dtype: that the model computes in, by the names of `load`.
     """
 
+    decoder: Decoder
+
     def __init__(
         self,
         model: SpeechLlamaForConditionalGeneration,
@@ -79,22 +89,36 @@ class Transcriber:
         *,
         language: str | None = None,
     ):
-        self.model = model.eval()
-        self.processor = processor
-        self.language = language
-        self.decoder = SpeechLlamaDecoder(model)
-        own, of_speech = (str(dtype).removeprefix("torch.") for dtype in (self.decoder.dtype, model.speech_dtype))
-        self.dtype = own if own == of_speech else MIXED
+        self._set_up(model, processor, SpeechLlamaDecoder(model), language)
+        if model.speech_dtype != self.decoder.dtype:
+            self.dtype = MIXED
+
+    def _set_up(
+        self, model: PreTrainedModel, processor: SpeechLlamaProcessor, decoder: Decoder, language: str | None
+    ) -> None:
+        self.model: Any = model.eval()
+        self.processor, self.decoder, self.language = processor, decoder, language
+        self.dtype = str(decoder.dtype).removeprefix("torch.")
         self._costs: CallCosts | None = None
         self._costs_lock = threading.Lock()
+
+    @property
+    def rules(self) -> Rules | None:
+        """That texts obey."""
+        return None
 
     @property
     def costs(self) -> CallCosts:
         """Of decoder calls on this machine: measured when something is first decoded, then kept in a file."""
         with self._costs_lock:
             if self._costs is None:
-                self._costs = tune(self.decoder, self.model.config.decoder_config.to_json_string())
+                self._costs = tune(self.decoder, self._shape)
             return self._costs
+
+    @property
+    def _shape(self) -> str:
+        """Tells the decoder's shape from others."""
+        return self.model.config.decoder_config.to_json_string()
 
     def check(
         self, options: DecodingOptions, *, language: str | None = None, initial_prompt: str | None = None
@@ -119,6 +143,10 @@ class Transcriber:
             raise ValueError(
                 f"initial prompt {initial_prompt!r:.80} given, but the model takes none: it was trained on speech alone"
             )
+
+    def describe(self, name_or_path: str) -> ModelInformation:
+        """What the model is made of, which was loaded from `name_or_path`."""
+        return describe(self.model, name_or_path, max_seconds=self.max_seconds)
 
     @property
     def max_seconds(self) -> float:
@@ -221,7 +249,7 @@ class Transcriber:
         def heard() -> Iterator[Chunk[int]]:
             for index, source in enumerate(sources):
                 try:
-                    audio_seconds = yield from self.listen(index, source, clips)
+                    audio_seconds = yield from self.listen(index, source, clips, language=language)
                     ended.append((index, audio_seconds))
                 except AudioError as error:
                     ended.append((index, error))
@@ -236,7 +264,7 @@ class Transcriber:
                     continue
                 if progress:
                     progress(end - speech)  # silence
-                yield index, Transcription(ordered, end, encoder, decoder, self.language)
+                yield index, Transcription(ordered, end, encoder, decoder, self.language_of(language))
 
         for window in windows((chunk, chunk.samples) for chunk in heard()):
             batches = by_length((chunk for chunk, _ in window), batch_size)
@@ -274,7 +302,7 @@ class Transcriber:
             ValueError: as in `transcribe`, at the call.
         """
         self._check_call(options, batch_size, clips, language)
-        chunks = self.listen(0, audio, clips)
+        chunks = self.listen(0, audio, clips, language=language)
         waiting: deque[Chunk] = deque()
 
         def batches() -> Iterator[Sequence[Chunk]]:
@@ -300,7 +328,13 @@ class Transcriber:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
 
-    def listen(self, recording: int, audio: Audio, clips: Sequence[Clip] = WHOLE) -> Generator[Chunk[int], None, float]:
+    def language_of(self, asked: str | None) -> str | None:
+        """What a transcription says of its language, where `asked` was asked for."""
+        return self.language
+
+    def listen(
+        self, recording: int, audio: Audio, clips: Sequence[Clip] = WHOLE, *, language: str | None = None
+    ) -> Generator[Chunk[int], None, float]:
         """The chunks of a recording that can hold speech, read as they are asked for, none longer than `max_seconds`.
 
         Args:
@@ -314,7 +348,7 @@ class Transcriber:
         """
         name = str(audio) if isinstance(audio, (str, os.PathLike)) else "the recording"
         pieces = clipped(as_blocks(audio), clips, name=name)
-        num_samples = yield from cut_pieces(recording, pieces, max_seconds=self.max_seconds)
+        num_samples = yield from cut_pieces(recording, pieces, max_seconds=self.max_seconds, language=language)
         return num_samples / SAMPLE_RATE
 
     def _segments(
@@ -340,7 +374,7 @@ class Transcriber:
     def segment(self, done: DecodedChunk, *, word_times: bool = False) -> Segment:
         """What is said in a chunk, with the times of its words if `word_times`."""
         result = done.result
-        times = self._token_times(done.batch, done.row, result.tokens) if word_times else []
+        times = self.token_times(done, result.tokens) if word_times else []
         return Segment(
             start=done.chunk.start,
             end=done.chunk.end,
@@ -354,21 +388,25 @@ class Transcriber:
             token_times=times,
         )
 
-    def _token_times(self, batch: EncodedBatch, row: int, tokens: list[int]) -> list[tuple[float, float]]:
-        num_frames, chunk = int(batch.ctc_lengths_B[row]), batch.chunks[row]
+    def token_times(self, done: DecodedChunk, tokens: list[int]) -> list[tuple[float, float]]:
+        """Where each of `tokens`, the text of a chunk, begins and ends in its recording, by the CTC head."""
+        chunk, batch = done.chunk, done.batch
+        num_frames = int(batch.ctc_lengths_B[done.row])
         return token_times(
             tokens,
-            batch.ctc_logits_BTV[row, :num_frames].float().log_softmax(-1),
+            batch.ctc_logits_BTV[done.row, :num_frames].float().log_softmax(-1),
             frame_rate=self.model.ctc_frame_rate,
             blank=self.model.config.blank_token_id,
             start=chunk.start,
             end=chunk.end,
         )
 
-    def cut(self, recordings: Iterable[tuple[int, np.ndarray]]) -> list[Chunk[int]]:
+    def cut(self, recordings: Iterable[tuple[int, np.ndarray]], *, language: str | None = None) -> list[Chunk[int]]:
         """The chunks of recordings (key, samples) that can hold speech, none longer than `max_seconds`."""
         return [
-            chunk for key, samples in recordings for chunk in cut_recording(key, samples, max_seconds=self.max_seconds)
+            chunk
+            for key, samples in recordings
+            for chunk in cut_recording(key, samples, max_seconds=self.max_seconds, language=language)
         ]
 
     @torch.inference_mode()
@@ -424,21 +462,28 @@ class Transcriber:
             ValueError: the options do not fit the model.
         """
         costs = self.costs
-        loop = build_loop(self.decoder, options, costs=costs if options.draft_length_used == "worthwhile" else FREE)
-        return RunningBatch(loop, self.drafters)
+        used = costs if options.draft_length_used == "worthwhile" else FREE
+        return RunningBatch(build_loop(self.decoder, options, costs=used, rules=self.rules), self.drafters)
 
     def drafters(self, batch: EncodedBatch, options: DecodingOptions) -> list[Drafter] | None:
         """A draft source for each chunk that starts from what CTC reads there; None if `options` have no use for it."""
         if not options.reads_ctc:
             return None
         end_token = min(self.decoder.end_tokens)
-        readings = read_ctc(batch.ctc_logits_BTV, batch.ctc_lengths_B, blank=self.model.config.blank_token_id)
-        return [build_drafter(options, reading, end_token=end_token) for reading in readings]
+        return [build_drafter(options, reading, end_token=end_token) for reading in self.read_ctc(batch)]
+
+    def read_ctc(self, batch: EncodedBatch) -> list[Reading]:
+        """What the CTC head reads in each chunk."""
+        return self._read_ctc(batch, blank=self.model.config.blank_token_id)
+
+    @staticmethod
+    def _read_ctc(batch: EncodedBatch, *, blank: int) -> list[Reading]:
+        return read_ctc(batch.ctc_logits_BTV, batch.ctc_lengths_B, blank=blank)
 
     def decode_ctc(self, batch: EncodedBatch) -> DecodedBatch:
         """What the CTC head alone says, greedily, without one decoder call and without a trace."""
         with timed(self.model.device) as timer:
-            rows = greedy_ctc(batch.ctc_logits_BTV, batch.ctc_lengths_B, blank=self.model.config.blank_token_id)
+            rows = [list(reading.tokens) for reading in self.read_ctc(batch)]
         return DecodedBatch(
             [DecodingResult(tokens, num_calls=0, trace=[], truncated=None) for tokens in rows], timer.seconds
         )
@@ -475,23 +520,41 @@ def as_blocks(audio: Audio) -> Iterable[np.ndarray]:
 
 
 def load(
-    model: str | os.PathLike | None = None, *, device: str | torch.device | None = None, dtype: str | None = None
+    model: str | os.PathLike | None = None,
+    *,
+    device: str | torch.device | None = None,
+    dtype: str | None = None,
+    adapter: str | os.PathLike | None = None,
+    whisper: WhisperOptions | None = None,
 ) -> Transcriber:
     """Load a model and its processor.
 
     Args:
-        model: a folder or a hub name; None takes the model inside the package.
+        model: a folder or a hub name, of a leapasr model or of a Whisper (transformers' or CTranslate2's files); None
+            takes the model inside the package.
         device: ``cpu``, ``cuda``, ``cuda:1``, ...; None takes a GPU where there is one.
         dtype: ``float32`` (if None), ``bfloat16`` or ``float16``; ``mixed`` has the speech side in bfloat16, which is
             much faster where a CPU has AMX, and the decoder in float32, so that all that it promises holds.
+        adapter: for a Whisper, folder of heads that were fitted to it (`leapasr fit`); None takes those inside the
+            package, if there are any for its very weights.
+        whisper: for a Whisper, what it is asked to write.
 
     Raises:
-        ValueError: there is no such model, it is of another architecture, files are missing or damaged, or the
-            device or dtype is not known.
+        ValueError: there is no such model, it is of another architecture, files are missing or damaged, the heads were
+            fitted to another model, or the device or dtype is not known.
     """
     torch_dtype = dtype_of(dtype)
     torch_device = device_of(device)
     place = locate(model)
+    if is_whisper(place):
+        if dtype == MIXED:
+            raise ValueError(f"dtype {MIXED!r} is for leapasr's own models, and {place} is a Whisper: choose another")
+        from leapasr.whisper_transcriber import load_whisper  # it builds on this module
+
+        return load_whisper(place, device=torch_device, dtype=torch_dtype, adapter=adapter, options=whisper)
+    for name, given in (("adapter", adapter), ("whisper", whisper)):
+        if given is not None:
+            raise ValueError(f"{name} {str(given)!r} is for a Whisper, and {place} is none: leave it out")
     network = _read_model(place, torch_dtype)
     try:
         processor = SpeechLlamaProcessor.from_pretrained(place)

@@ -250,6 +250,7 @@ def transcribe_files(
     *,
     batch_size: int,
     clips: Sequence[Clip] = WHOLE,
+    language: str | None = None,
     vad_filter: bool = True,
     explanation: Callable[[Transcription], str] | None = None,
     write: Callable[[str], None],
@@ -282,6 +283,7 @@ def transcribe_files(
         batch_size=batch_size,
         word_times=job.word_times,
         clips=clips,
+        language=language,
         vad_filter=vad_filter,
         progress=progress,
     )

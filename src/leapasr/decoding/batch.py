@@ -10,12 +10,22 @@ from leapasr.decoding.drafts import Drafter
 from leapasr.decoding.interface import Decoder, Prompts
 from leapasr.decoding.loop import DecodingLoop
 from leapasr.decoding.options import DecodingOptions, DecodingResult
+from leapasr.decoding.rules import Rules
 
 
-def build_loop(decoder: Decoder, options: DecodingOptions, *, costs: CallCosts = FREE) -> DecodingLoop:
-    """The loop for `options`; errors as of `DecodingLoop`."""
-    loop = BeamLoop if options.strategy == "beam" else DecodingLoop
-    return loop(decoder, options, costs=costs)
+def build_loop(
+    decoder: Decoder, options: DecodingOptions, *, costs: CallCosts = FREE, rules: Rules | None = None
+) -> DecodingLoop:
+    """The loop for `options`; arguments and errors as of `DecodingLoop`.
+
+    Raises:
+        ValueError: rules are given for a beam search, which keeps none.
+    """
+    if options.strategy == "beam":
+        if rules is not None:
+            raise ValueError("strategy 'beam' keeps no rules such as Whisper's: choose another strategy")
+        return BeamLoop(decoder, options, costs=costs)
+    return DecodingLoop(decoder, options, costs=costs, rules=rules)
 
 
 def decode(
@@ -26,13 +36,14 @@ def decode(
     max_tokens: Sequence[int] | None = None,
     drafters: Sequence[Drafter] | None = None,
     costs: CallCosts = FREE,
+    rules: Rules | None = None,
 ) -> list[DecodingResult]:
     """Decode a batch of prompts: a result for each, in their order. Arguments as in `DecodingLoop`.
 
     Raises:
         ValueError: the options do not fit the decoder, or the arguments do not fit each other.
     """
-    loop = build_loop(decoder, options, costs=costs)
+    loop = build_loop(decoder, options, costs=costs, rules=rules)
     keys = loop.add(prompts, max_tokens=max_tokens, drafters=drafters)
     results: dict[int, DecodingResult] = {}
     while loop:

@@ -347,7 +347,8 @@ class BeamLoop(DecodingLoop):
         hidden_BD = torch.stack([node.parent.hidden for node in nodes])  # type: ignore[union-attr, misc]
         first_tokens_B = torch.tensor([node.token for node in nodes], device=self.decoder.device)
         logits_BGV = self.decoder.draft_logits(hidden_BD, first_tokens_B, self.num_guesses, exact=False)
-        tokens_BG, log_probs_BG = best_tokens(logits_BGV)
+        best_BG, log_probs_BG = best_tokens(logits_BGV)
+        tokens_BG = self._drafted(best_BG)
         return [
             by_heads(tokens, map(math.exp, log_probs))
             for tokens, log_probs in zip(tokens_BG.tolist(), log_probs_BG.tolist(), strict=True)
@@ -417,6 +418,7 @@ class BeamLoop(DecodingLoop):
         tokens_BGN, log_probs_BGN = self._likeliest(
             self.decoder.draft_logits(hidden_BD, first_tokens_B, self.num_guesses)
         )
+        tokens_BGN = self._drafted(tokens_BGN)
         for node, tokens, log_probs in zip(nodes, tokens_BGN.tolist(), log_probs_BGN.tolist(), strict=True):
             for k, (best, values) in enumerate(zip(tokens, log_probs, strict=True), 2):
                 assert node.next is not None

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -88,6 +89,8 @@ class RaggedCache(Cache):
     Args:
         num_rows: B.
         device: where positions and masks go.
+        memory: what the decoder keeps for each row beside its slots, and writes once; nothing is copied of it when
+            rows leave, join or are reordered.
 
     Attributes:
         lengths: committed slots of each row.
@@ -95,8 +98,10 @@ class RaggedCache(Cache):
 
     layers: list[RaggedLayer]  # type: ignore[assignment]
 
-    def __init__(self, num_rows: int, *, device: torch.device | str = "cpu"):
+    def __init__(self, num_rows: int, *, device: torch.device | str = "cpu", memory: Sequence[Any] | None = None):
         self.lengths = [0] * num_rows
+        self.memory: list[Any] = [None] * num_rows if memory is None else list(memory)
+        assert len(self.memory) == num_rows, f"{len(self.memory)} memories for {num_rows} rows"
         self.device = device
         self._write = _Write()
         super().__init__(layer_class_to_replicate=partial(RaggedLayer, self._write))  # type: ignore[arg-type]
@@ -136,6 +141,7 @@ class RaggedCache(Cache):
             index = torch.tensor(rows, device=self.device)
             for layer in self.layers:
                 layer.keys, layer.values = layer.keys.index_select(0, index), layer.values.index_select(0, index)
+        self.memory = [self.memory[row] for row in rows]
         held = [self.lengths[row] for row in rows]
         self.lengths = held if lengths is None else list(lengths)
         assert all(length <= most for length, most in zip(self.lengths, held, strict=True)), (lengths, held)
@@ -148,3 +154,4 @@ class RaggedCache(Cache):
             theirs.reserve(num_slots)
             mine.keys, mine.values = torch.cat([mine.keys, theirs.keys]), torch.cat([mine.values, theirs.values])
         self.lengths += other.lengths
+        self.memory += other.memory

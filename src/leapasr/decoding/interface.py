@@ -30,7 +30,8 @@ class Prompts:
     behind the prompt's places, consecutively, whatever these say.
 
     A decoder with a memory of speech (`SpeechLlamaConfig.speech_as_memory`) keeps memory_BMD (B, M, D), of lengths
-    memory_lengths_B (B,), in its cache before all else; its prompt is what is left: begin-of-text.
+    memory_lengths_B (B,), in its cache before all else; its prompt is what is left: begin-of-text. Without lengths the
+    memory is for cross-attention: it takes no slots, and all of it is looked at.
     """
 
     embeddings_BLD: Tensor
@@ -52,10 +53,10 @@ class Prompts:
     def row(self, index: int) -> Prompts:
         """One row by itself, without padding."""
         length, memory_length = self.lengths_B[index], None
-        memory = self.memory_BMD
+        memory = None if self.memory_BMD is None else self.memory_BMD[index : index + 1]
         if memory is not None and self.memory_lengths_B is not None:
             memory_length = self.memory_lengths_B[index : index + 1]
-            memory = memory[index : index + 1, : int(memory_length)]
+            memory = memory[:, : int(memory_length)]
         return Prompts(
             self.embeddings_BLD[index : index + 1, :length],
             self.lengths_B[index : index + 1],
@@ -87,6 +88,7 @@ class Decoder(Protocol):
         max_text: tokens of the longest text that it can write.
         vocab_size: V.
         end_tokens: token ids that end a text.
+        draft_tokens: ids int64 (C,) that heads 2..K choose from, in the order of their logits; None: all.
         device: where its inputs go.
         dtype: its floating-point type, in which masks are given.
     """
@@ -96,6 +98,7 @@ class Decoder(Protocol):
     max_text: int
     vocab_size: int
     end_tokens: frozenset[int]
+    draft_tokens: Tensor | None
     device: torch.device
     dtype: torch.dtype
 
@@ -133,7 +136,7 @@ class Decoder(Protocol):
     def draft_logits(self, hidden_BH: Tensor, first_tokens_B: Tensor, num_drafts: int, *, exact: bool = True) -> Tensor:
         """Logits (B, J, V) of heads 2..J+1 from what `call` gave (B, H), where head 1 chose `first_tokens_B`.
 
-        Not exact, they are as good as drafts need.
+        With `draft_tokens` (B, J, C). Not exact, they are as good as drafts need.
         """
 
     def draft_logits_each(self, asked: Sequence[tuple[Tensor, Tensor, int]], *, exact: bool = True) -> list[Tensor]:
@@ -149,19 +152,28 @@ class CausalLMDecoder:
         causal_lm: takes ``inputs_embeds``, ``position_ids``, a 4-D ``attention_mask`` and ``past_key_values``, attends
             to all earlier positions, and its logits are its output embeddings times its last hidden state.
         mtp_heads: heads 2..K, None for K = 1. draft_layers: what they alone read through.
+        body: the LM without its unembedding; None: its `base_model`. Where a larger model is around it, that one's
+            generation configuration says what ends a text.
 
     Raises:
         ValueError: the LM has no end-of-text token.
     """
 
+    draft_tokens: Tensor | None = None
+
     def __init__(
-        self, causal_lm: PreTrainedModel, mtp_heads: MTPHeads | None = None, draft_layers: DraftLayers | None = None
+        self,
+        causal_lm: PreTrainedModel,
+        mtp_heads: MTPHeads | None = None,
+        draft_layers: DraftLayers | None = None,
+        *,
+        body: nn.Module | None = None,
     ):
-        config = causal_lm.config
-        end = config.eos_token_id
+        config = causal_lm.config.get_text_config()
+        end = (config if body is None else causal_lm.generation_config).eos_token_id  # type: ignore[union-attr]
         if end is None:
             raise ValueError("the decoder's configuration has no eos_token_id: texts would never end")
-        self.body: Any = causal_lm.base_model
+        self.body: Any = causal_lm.base_model if body is None else body
         self.lm_head: nn.Linear = causal_lm.get_output_embeddings()
         self.embed_tokens: nn.Embedding = causal_lm.get_input_embeddings()  # type: ignore[assignment]
         self.mtp_heads, self.draft_layers = mtp_heads, draft_layers

@@ -28,6 +28,7 @@ from leapasr.decoding.guards import Guards, guard_rows
 from leapasr.decoding.interface import Decoder, Prompts
 from leapasr.decoding.options import DecodingOptions, DecodingResult, Truncation
 from leapasr.decoding.rewriting import Verdict, until_end
+from leapasr.decoding.rules import Rules
 from leapasr.decoding.strategies import Strategy, build_strategy
 from leapasr.decoding.trace import DraftToken, TokenRecord
 from leapasr.model.argmax import argmax
@@ -174,6 +175,7 @@ class DecodingLoop:
         strategy: another strategy than the one that the options name.
         costs: of the decoder's calls. Where drafts do not change what is emitted, they are cut where their chances
             are no longer worth a wider call; `FREE` leaves them as they are.
+        rules: that texts obey; None: none. Guesses that are trusted unchecked do not.
 
     Raises:
         ValueError: the options ask for what the decoder does not have.
@@ -186,6 +188,7 @@ class DecodingLoop:
         *,
         strategy: Strategy | None = None,
         costs: CallCosts = FREE,
+        rules: Rules | None = None,
     ):
         assert decoder.vocab_size < MAX_VOCAB_SIZE
         options.check(decoder.num_heads)
@@ -197,7 +200,7 @@ class DecodingLoop:
         self._cache: RaggedCache | None = None
         self._waiting: deque[tuple[list[_Row], Prompts]] = deque()
         self._num_added = 0
-        self._costs = costs
+        self._costs, self._rules = costs, rules
         self._width, self._gain = 4.0, 3.0  # of calls behind the prefill: their width, and tokens that a row gets
 
     def __bool__(self) -> bool:
@@ -286,7 +289,7 @@ class DecodingLoop:
             drafts = self._worthwhile(drafts, max(num_known))
         tokens = [row.pending + [drafted.token for drafted in draft] for row, draft in zip(rows, drafts, strict=True)]
         hidden_BWD = self._call(tokens, cache, [row.prompt_length for row in rows], prompts)
-        readings = self._read(hidden_BWD, num_known, drafts)
+        readings = self._read(hidden_BWD, num_known, drafts, [row.tokens for row in rows])
         if prompts is None:
             self._observe(hidden_BWD.shape[1], 1 + sum(reading.num_accepted for reading in readings) / len(rows))
         for row, draft, reading in zip(rows, drafts, readings, strict=True):
@@ -347,17 +350,22 @@ class DecodingLoop:
         return torch.tensor(padded, dtype=torch.long, device=self.decoder.device)
 
     def _read(
-        self, hidden_BWD: Tensor, num_known: Sequence[int], drafts: Sequence[Sequence[DraftToken]]
+        self,
+        hidden_BWD: Tensor,
+        num_known: Sequence[int],
+        drafts: Sequence[Sequence[DraftToken]],
+        texts: Sequence[Sequence[int]],
     ) -> list[_Reading]:
         """All that a call says, in one transfer to the host.
 
         Args:
             hidden_BWD: hidden states of everything fed.
             num_known: inputs of each row before its draft.
-            drafts: each row's draft.
+            drafts: each row's draft. texts: its tokens before that.
         """
         B, W, _ = hidden_BWD.shape
-        draft_BJ = self._padded([[drafted.token for drafted in draft] for draft in drafts], -1)
+        drafted = [[drafted.token for drafted in draft] for draft in drafts]
+        draft_BJ = self._padded(drafted, -1)
         R = draft_BJ.shape[1] + 1
         rows_B = torch.arange(B, device=hidden_BWD.device)
         if max(num_known) > 1:
@@ -366,7 +374,10 @@ class DecodingLoop:
             hidden_BRD = hidden_BWD[rows_B[:, None], index_BR.clamp_(max=W - 1)]
         else:
             hidden_BRD = hidden_BWD
-        logits_BRV = self.decoder.logits(hidden_BRD, exact=self.strategy.accepts_other_tokens)
+        rules = self._rules if self._rules is not None and any(map(self._rules.bind, texts)) else None
+        logits_BRV = self.decoder.logits(hidden_BRD, exact=self.strategy.accepts_other_tokens or rules is not None)
+        if rules is not None:
+            logits_BRV = rules.obeyed(logits_BRV, texts, drafted)
         tokens_BR, log_probs_BR = best_tokens(logits_BRV)
         stands_BJ = self.strategy.agrees(draft_BJ, tokens_BR[:, :-1], logits_BRV[:, :-1]).long().cumprod(-1)
         num_accepted_B = stands_BJ.sum(-1)
@@ -413,10 +424,15 @@ class DecodingLoop:
         )
         columns = []
         for (places_BM, num_heads), logits_NGV in zip(asked, logits, strict=True):
-            guesses_NG, log_probs_NG = best_tokens(logits_NGV)
+            best_NG, log_probs_NG = best_tokens(logits_NGV)
+            guesses_NG = self._drafted(best_NG)
             width = places_BM.shape[1] * num_heads
             columns += [places_BM, guesses_NG.view(B, width), log_probs_NG.exp().view(B, width)]
         return columns
+
+    def _drafted(self, places: Tensor) -> Tensor:
+        """The ids of these outputs of heads 2..K."""
+        return places if self.decoder.draft_tokens is None else self.decoder.draft_tokens[places]
 
     @staticmethod
     def _parse(

@@ -217,7 +217,7 @@ def _forward_seconds(transcriber: Transcriber) -> Iterator[list[float]]:
 
         return run
 
-    names = ("call", "logits", "draft_logits")
+    names = ("call", "logits", "draft_logits_each")
     for name in names:
         setattr(decoder, name, watched(getattr(decoder, name)))
     try:

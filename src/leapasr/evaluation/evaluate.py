@@ -311,7 +311,7 @@ def evaluate(
         raise ValueError("no strategy to evaluate: give at least one")
     for strategy in strategies:
         if isinstance(strategy, DecodingOptions):
-            strategy.check(transcriber.decoder.num_heads)
+            transcriber.check(strategy)
         elif strategy != "ctc":
             raise ValueError(f"unknown strategy {strategy!r}: give decoding options, or 'ctc'")
     needed: list[Strategy] = ["ctc", *map(_autoregressive, strategies), *strategies]

@@ -14,7 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import WhisperForConditionalGeneration
 from transformers.cache_utils import DynamicCache
+from transformers.modeling_outputs import BaseModelOutput
 
 from leapasr.audio import SAMPLE_RATE
 from leapasr.decoding import Prompts
@@ -61,6 +63,28 @@ def generate(
     return [row[: next((place + 1 for place, token in enumerate(row) if token in ends), len(row))] for row in written]
 
 
+@torch.inference_mode()
+def generate_whisper(
+    model: WhisperForConditionalGeneration, frames_BTD: Tensor, *, language: str | None, task: str
+) -> list[list[int]]:
+    """Greedy decoding of a batch by a Whisper's own `generate`, without timestamps: ids without end-of-text.
+
+    Args:
+        frames_BTD: the encoder's frames of 30-s windows. language: a code; None: detected for each row.
+    """
+    config: Any = model.generation_config
+    asked: dict[str, Any] = {"language": language, "task": task} if getattr(config, "is_multilingual", False) else {}
+    written = model.generate(
+        encoder_outputs=BaseModelOutput(last_hidden_state=frames_BTD),
+        return_timestamps=False,
+        force_unique_generate_call=True,  # a window is a text, even if it holds timestamps that nobody asked for
+        **asked,
+    ).tolist()
+    begin, end = config.no_timestamps_token_id, config.eos_token_id
+    rows = [row[row.index(begin) + 1 :] if begin in row else row for row in written]
+    return [row[: row.index(end)] if end in row else row for row in rows]
+
+
 @contextmanager
 def _text_positions(model: SpeechLlamaForConditionalGeneration, num_places: int) -> Iterator[None]:
     """Let the decoder, given ids, embed them as text behind `num_places` places of prompt and memory."""
@@ -86,6 +110,7 @@ class FasterWhisper:
     Args:
         name: for tables.
         folder: a CTranslate2 folder of an English or multilingual Whisper.
+        language: of what it is to hear.
         device: ``cpu`` or ``cuda``.
 
     Raises:
@@ -93,13 +118,15 @@ class FasterWhisper:
         ValueError: the folder holds no such model.
     """
 
-    def __init__(self, name: str, folder: str | Path, *, device: str = "cpu"):
+    language = "en"
+
+    def __init__(self, name: str, folder: str | Path, *, language: str = "en", device: str = "cpu"):
         try:
             from faster_whisper import BatchedInferencePipeline, WhisperModel
         except ImportError as error:
             raise ImportError("faster-whisper is not installed: pip install 'leapasr[bench]'") from error
         logging.getLogger("faster_whisper").setLevel(logging.ERROR)
-        self.name = name
+        self.name, self.language = name, language
         try:
             self.model = WhisperModel(
                 str(folder), device=device, compute_type="int8", cpu_threads=torch.get_num_threads()
@@ -110,7 +137,9 @@ class FasterWhisper:
 
     def transcribe(self, samples: Sequence[np.ndarray], *, batch_size: int = 1) -> list[str]:
         """The text of each utterance (16 kHz samples, at most 30 s), several at a time by its batched pipeline."""
-        options: dict[str, Any] = {"language": "en", "beam_size": 1, "temperature": 0.0, "without_timestamps": True}
+        options: dict[str, Any] = {
+            "language": self.language, "beam_size": 1, "temperature": 0.0, "without_timestamps": True,
+        }  # fmt: skip
         if batch_size == 1:
             texts = []
             for audio in samples:

@@ -106,7 +106,7 @@ def record(
         for name, options in strategies.items():
             drafters = transcriber.drafters(batch, options) or [MTPDrafter(end_token=end_token) for _ in chunks]
             recorders = [_Recorder(drafter) for drafter in drafters]
-            loop = build_loop(transcriber.decoder, options)
+            loop = build_loop(transcriber.decoder, options, rules=transcriber.rules)
             keys = loop.add(batch.prompts, max_tokens=batch.max_tokens, drafters=recorders)
             results: dict[int, DecodingResult] = {}
             while loop:

@@ -10,9 +10,10 @@ import numpy as np
 
 from leapasr.chunks import by_length
 from leapasr.decoding import DecodingOptions
-from leapasr.evaluation.peers import FasterWhisper, generate
+from leapasr.evaluation.peers import FasterWhisper, generate, generate_whisper
 from leapasr.running import EncodedBatch, timed
 from leapasr.transcriber import Transcriber
+from leapasr.whisper_transcriber import WhisperTranscriber
 
 STRATEGIES = (
     DecodingOptions(strategy="autoregressive"),
@@ -123,6 +124,26 @@ class Generate(System):
 
 
 @dataclass
+class GenerateWhisper(System):
+    """A Whisper's own greedy `generate`, on the same encoder's frames."""
+
+    transcriber: WhisperTranscriber
+    name = GENERATE
+
+    def run(self, samples: Sequence[np.ndarray], batch_size: int) -> Run:
+        transcriber = self.transcriber
+
+        def decode(batch: EncodedBatch) -> list[list[int]]:
+            frames_BTD = batch.prompts.memory_BMD
+            assert frames_BTD is not None
+            return generate_whisper(
+                transcriber.model, frames_BTD, language=transcriber.language, task=transcriber.options.task
+            )
+
+        return _by_batches(transcriber, samples, batch_size, decode)
+
+
+@dataclass
 class Whisper(System):
     """faster-whisper, int8, greedy."""
 
@@ -163,6 +184,14 @@ def build_systems(
     transcriber: Transcriber, peers: Sequence[FasterWhisper] = (), strategies: Sequence[DecodingOptions] = STRATEGIES
 ) -> list[System]:
     """All that `bench` times."""
+    if isinstance(transcriber, WhisperTranscriber):
+        heads = [] if transcriber.heads is None else [options for options in strategies if options.drafts]
+        ours = [options for options in strategies if not options.drafts]
+        return [
+            *(Leapasr(transcriber, options) for options in (*ours, *heads)),
+            GenerateWhisper(transcriber),
+            *map(Whisper, peers),
+        ]
     return [
         GreedyCTC(transcriber),
         *(Leapasr(transcriber, options) for options in strategies),

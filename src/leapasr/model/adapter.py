@@ -6,6 +6,7 @@ Shapes: B rows, T frames, D width.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -28,10 +29,25 @@ def stack_frames(frames_BTD: Tensor, lengths_B: Tensor, factor: int) -> tuple[Te
     return frames_BTD.reshape(B, T // factor, D * factor), (lengths_B + factor - 1) // factor
 
 
+class AdapterShape(Protocol):
+    """What `Adapter` reads of a configuration; as in `SpeechLlamaConfig`."""
+
+    @property
+    def encoder_stacking(self) -> int: ...
+    @property
+    def adapter_size(self) -> int: ...
+    @property
+    def adapter_layers(self) -> int: ...
+    @property
+    def adapter_attention_heads(self) -> int: ...
+    @property
+    def adapter_ffn_size(self) -> int: ...
+
+
 class Adapter(nn.Module):
     """Frame stacking, a projection, and bidirectional transformer layers (transformers' `WhisperEncoderLayer`)."""
 
-    def __init__(self, config: SpeechLlamaConfig, encoder_size: int):
+    def __init__(self, config: AdapterShape, encoder_size: int):
         super().__init__()
         self.stacking = config.encoder_stacking
         self.projection = nn.Linear(encoder_size * config.encoder_stacking, config.adapter_size)
@@ -61,13 +77,17 @@ class SharedCTCHead(nn.Module):
 
     A vocabulary of many thousand tokens is then known from the start: as rows of random weights, most of them would be
     met too seldom, and CTC would stay on its all-blank plateau.
+
+    Args:
+        adapter_size, hidden_size: widths of adapter frames and of the unembedding.
+        blank_token_id: the row of the unembedding in whose place the blank is.
     """
 
-    def __init__(self, config: SpeechLlamaConfig):
+    def __init__(self, adapter_size: int, hidden_size: int, *, blank_token_id: int):
         super().__init__()
-        self.blank_token_id = config.blank_token_id
-        self.projection = nn.Linear(config.adapter_size, config.decoder_config.hidden_size)
-        self.blank = nn.Linear(config.adapter_size, 1)
+        self.blank_token_id = blank_token_id
+        self.projection = nn.Linear(adapter_size, hidden_size)
+        self.blank = nn.Linear(adapter_size, 1)
 
     def forward(self, frames_BTD: Tensor, unembedding_VD: Tensor) -> Tensor:
         """Adapter frames (B, T, adapter_size) to logits (B, T, V)."""

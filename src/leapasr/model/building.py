@@ -18,6 +18,7 @@ from transformers import (
 from leapasr.config import ModelPreset
 from leapasr.model.adapter import SharedCTCHead
 from leapasr.model.checkpoints import (
+    MULTILINGUAL_VOCABULARY,
     CheckpointError,
     load_decoder,
     load_encoder,
@@ -31,7 +32,6 @@ from leapasr.model.processing import SpeechLlamaProcessor
 from leapasr.model.speech_llama import SpeechLlamaForConditionalGeneration
 from leapasr.model.whisper_decoder import WhisperDecoder, as_llama, llama_config
 
-MULTILINGUAL_VOCABULARY = 51865  # tokens of a Whisper that knows more languages than English, at least
 WHISPER_BEGIN, WHISPER_END = "<|notimestamps|>", "<|endoftext|>"
 
 

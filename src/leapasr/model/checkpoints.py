@@ -25,6 +25,7 @@ from transformers import (
 from leapasr.model.encoders import ENCODERS
 
 CTRANSLATE2_FILE = "model.bin"
+MULTILINGUAL_VOCABULARY = 51865  # tokens of a Whisper that knows more languages than English, at least
 _CTRANSLATE2_DTYPES = {0: np.float32, 4: np.float16}
 _CTRANSLATE2_OTHER_DTYPES = {1: "int8", 2: "int16", 3: "int32", 5: "bfloat16"}
 

@@ -44,18 +44,24 @@ class MTPHeads(nn.Module, ABC):
         lm_head: Callable[[Tensor], Tensor],
         embed_tokens: nn.Embedding,
         num_drafts: int,
+        drafted: Tensor | None = None,
     ) -> Tensor:
-        """Logits (B, J, V) of heads 2..J+1 after head 1's choice `first_tokens_B`; later heads follow greedily."""
+        """Logits (B, J, V) of heads 2..J+1 after head 1's choice `first_tokens_B`; later heads follow greedily.
+
+        `drafted` holds the ids of `lm_head`'s outputs, if these are a part of the vocabulary.
+        """
 
     def draft_logits_each(
         self,
         asked: Sequence[tuple[Tensor, Tensor, int]],
         lm_head: Callable[[Tensor], Tensor],
         embed_tokens: nn.Embedding,
+        drafted: Tensor | None = None,
     ) -> list[Tensor]:
         """`draft_logits` of several (hidden_BD, first_tokens_B, num_drafts), together where that is faster."""
         return [
-            self.draft_logits(hidden_BD, tokens_B, lm_head, embed_tokens, num) for hidden_BD, tokens_B, num in asked
+            self.draft_logits(hidden_BD, tokens_B, lm_head, embed_tokens, num, drafted)
+            for hidden_BD, tokens_B, num in asked
         ]
 
     def reset_from(self, lm_head: nn.Linear) -> None:
@@ -72,7 +78,7 @@ class ProjectionHeads(MTPHeads):
     def training_logits(self, hidden_BLD, next_embeddings_BLD, lm_head):
         return [projection(hidden_BLD) for projection in self.projections]
 
-    def draft_logits(self, hidden_BD, first_tokens_B, lm_head, embed_tokens, num_drafts):
+    def draft_logits(self, hidden_BD, first_tokens_B, lm_head, embed_tokens, num_drafts, drafted=None):
         return torch.stack([projection(hidden_BD) for projection in self.projections[:num_drafts]], 1)
 
     def reset_from(self, lm_head):
@@ -98,10 +104,10 @@ class LatentHeads(MTPHeads):
     def training_logits(self, hidden_BLD, next_embeddings_BLD, lm_head):
         return list(lm_head(self.expand(hidden_BLD, self.num_heads - 1)).unbind(-2))
 
-    def draft_logits(self, hidden_BD, first_tokens_B, lm_head, embed_tokens, num_drafts):
+    def draft_logits(self, hidden_BD, first_tokens_B, lm_head, embed_tokens, num_drafts, drafted=None):
         return lm_head(self.expand(hidden_BD, num_drafts))
 
-    def draft_logits_each(self, asked, lm_head, embed_tokens):
+    def draft_logits_each(self, asked, lm_head, embed_tokens, drafted=None):
         states = [self.expand(hidden_BD, num_drafts) for hidden_BD, _, num_drafts in asked]
         logits = lm_head(torch.cat([state.flatten(0, 1) for state in states]))
         pieces = logits.split([state.shape[0] * state.shape[1] for state in states])
@@ -151,12 +157,13 @@ class SequentialHeads(MTPHeads):
             logits.append(lm_head(state))
         return logits
 
-    def draft_logits(self, hidden_BD, first_tokens_B, lm_head, embed_tokens, num_drafts):
+    def draft_logits(self, hidden_BD, first_tokens_B, lm_head, embed_tokens, num_drafts, drafted=None):
         logits, state, tokens_B = [], hidden_BD, first_tokens_B
         for _ in range(num_drafts):
             state = self.advance(state, embed_tokens(tokens_B))
             logits.append(lm_head(state))
-            tokens_B = argmax(logits[-1])
+            best_B = argmax(logits[-1])
+            tokens_B = best_B if drafted is None else drafted[best_B]
         return torch.stack(logits, 1)
 
     def reset_from(self, lm_head):
@@ -165,16 +172,24 @@ class SequentialHeads(MTPHeads):
 
 def build_heads(config: SpeechLlamaConfig) -> MTPHeads | None:
     """Heads 2..K of `config`; None when K = 1."""
-    D, V, K = config.decoder_config.hidden_size, config.vocab_size, config.num_heads
-    if K == 1:
+    if config.num_heads == 1:
         return None
-    match config.head_type:
+    return new_heads(config.head_type, config.num_heads, config.decoder_config.hidden_size, config.vocab_size)
+
+
+def new_heads(head_type: str, num_heads: int, hidden_size: int, vocab_size: int) -> MTPHeads:
+    """Heads 2..K = `num_heads` of an architecture.
+
+    Raises:
+        ValueError: there is no such architecture.
+    """
+    match head_type:
         case "projection":
-            return ProjectionHeads(K, D, V)
+            return ProjectionHeads(num_heads, hidden_size, vocab_size)
         case "latent":
-            return LatentHeads(K, D)
+            return LatentHeads(num_heads, hidden_size)
         case "residual":
-            return ResidualHeads(K, D)
+            return ResidualHeads(num_heads, hidden_size)
         case "sequential":
-            return SequentialHeads(K, D)
-    raise ValueError(f"unknown head_type {config.head_type!r}")
+            return SequentialHeads(num_heads, hidden_size)
+    raise ValueError(f"unknown head_type {head_type!r}")

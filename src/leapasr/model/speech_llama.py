@@ -123,8 +123,11 @@ class SpeechLlamaForConditionalGeneration(PreTrainedModel):
         super().__init__(config)
         self.encoder = build_encoder(config.encoder_config, pooling_layer=config.encoder_pooling_layer)
         self.adapter = Adapter(config, self.encoder.output_size)
+        hidden_size = config.decoder_config.hidden_size
         self.ctc_head = (
-            SharedCTCHead(config) if config.ctc_unembedding else nn.Linear(config.adapter_size, config.vocab_size)
+            SharedCTCHead(config.adapter_size, hidden_size, blank_token_id=config.blank_token_id)
+            if config.ctc_unembedding
+            else nn.Linear(config.adapter_size, config.vocab_size)
         )
         frame_size = self.encoder.output_size * config.encoder_stacking
         self.speech_projection = SpeechProjection(

@@ -82,7 +82,7 @@ def build_app(service: Service, *, api_key: str | None) -> FastAPI:
         if form.model not in (None, service.name):
             raise _unknown_model(form.model, service)
         service.check(language=form.language, prompt=form.prompt)
-        recording = await _unless_gone(request, service.open(form.file, until=until, held=held))
+        recording = await _unless_gone(request, service.open(form.file, language=form.language, until=until, held=held))
         if form.stream:
             events = _events(service, recording, form, until)
             held.push_async_callback(events.aclose)

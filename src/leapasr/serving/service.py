@@ -24,10 +24,11 @@ NUM_READERS = 2  # threads that decode audio
 
 @dataclass(frozen=True, eq=False)
 class Recording:
-    """The chunks of a recording that can hold speech, and its length in seconds."""
+    """The chunks of a recording that can hold speech, its length in seconds, and the language that was asked for."""
 
     chunks: list[Chunk]
     seconds: float
+    language: str | None = None
 
 
 class Service:
@@ -75,7 +76,7 @@ class Service:
             except ValueError as error:
                 raise ApiError(HTTPStatus.BAD_REQUEST, f"{param}: {error}", param=param) from error
 
-    async def open(self, audio: bytes, *, until: float, held: AsyncExitStack) -> Recording:
+    async def open(self, audio: bytes, *, language: str | None = None, until: float, held: AsyncExitStack) -> Recording:
         """Decode a file, when its turn has come; the place that its samples take is free again when `held` closes.
 
         Raises:
@@ -84,13 +85,14 @@ class Service:
         try:
             async with deadline(until, self._late):
                 await held.enter_async_context(self._places)
-                return await asyncio.get_running_loop().run_in_executor(self._readers, self._read, audio)
+                return await asyncio.get_running_loop().run_in_executor(self._readers, self._read, audio, language)
         except AudioError as error:
             raise ApiError(HTTPStatus.BAD_REQUEST, f"file: {error}", param="file", code="invalid_audio") from error
 
-    def _read(self, audio: bytes) -> Recording:
+    def _read(self, audio: bytes, language: str | None) -> Recording:
         samples = read_audio(audio, max_seconds=self.limits.audio_seconds, strict=True)
-        return Recording(self.transcriber.cut([(0, samples)]), len(samples) / SAMPLE_RATE)
+        chunks = self.transcriber.cut([(0, samples)], language=language)
+        return Recording(chunks, len(samples) / SAMPLE_RATE, language)
 
     @property
     def _late(self) -> ApiError:
@@ -125,5 +127,5 @@ class Service:
             recording.seconds,
             sum(each.encoder_seconds for each in heard),
             sum(each.decoder_seconds for each in heard),
-            self.transcriber.language,
+            self.transcriber.language_of(recording.language),
         )

@@ -1,0 +1,338 @@
+"""Fitting heads to a model that somebody already has, by self-distillation (`distillation`).
+
+Every update is a function of (configuration, seed, update number): a run that is killed and resumed gives the heads of
+an uninterrupted one.
+
+Shapes: B rows, T frames, M tokens, U places, D width, C tokens that drafts are made of.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
+
+from leapasr.config import Stage
+from leapasr.decoding.ctc import greedy_ctc
+from leapasr.evaluation.scoring import count_errors
+from leapasr.model.fitted_heads import BLANK, FittedHeads, FittedHeadsConfig
+from leapasr.model.whisper import fingerprint
+from leapasr.text import NORMALIZER
+from leapasr.training.distillation import Distillation, Lesson, find_recordings, seconds_of
+from leapasr.training.losses import ctc_loss, mtp_loss
+from leapasr.training.optimizer import MasterAdamW
+from leapasr.training.trainer import TrainingError, learning_rate, save_atomically
+from leapasr.whisper_transcriber import WhisperOptions, WhisperTranscriber, load_whisper
+
+DEV_SHARE, MIN_DEV, MAX_DEV = 0.02, 2, 64  # of the lessons: not learnt from, but what the log's dev figures are of
+SORTED_BATCHES = 32  # lessons of so many batches are sorted by length, for little padding
+
+Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitConfig:
+    """How heads are fitted.
+
+    Attributes:
+        num_heads: K, head 1 included. head_type: of heads 2..K.
+        adapter_size, adapter_layers: of what lies between the encoder and the CTC head.
+        draft_vocabulary: drafts are made of the tokens with the lowest ids, so many, which byte-level BPE found the
+            most frequent, and of all tokens that the model wrote in fitting.
+        updates: of all heads. batch_seconds: audio in an update, with padding.
+        learning_rate: the peak, behind `warmup` updates; then it falls linearly.
+        dropout: of the encoder's frames.
+        seed: of new weights and the order of lessons.
+
+    Raises:
+        ValueError: a number is out of range.
+    """
+
+    num_heads: int = 5
+    head_type: str = "residual"
+    adapter_size: int = 256
+    adapter_layers: int = 2
+    draft_vocabulary: int = 8192
+    updates: int = 3000
+    batch_seconds: float = 120.0
+    learning_rate: float = 1e-3
+    warmup: int = 100
+    dropout: float = 0.1
+    seed: int = 1
+    eval_every: int = 250
+    checkpoint_minutes: float = 5.0
+
+    def __post_init__(self) -> None:
+        for name in ("adapter_layers", "draft_vocabulary", "updates", "eval_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+    @property
+    def stage(self) -> Stage:
+        """What the learning rate's course is told by."""
+        return Stage(
+            "fit", "joint", self.updates, self.batch_seconds, self.learning_rate, warmup=min(self.warmup, self.updates)
+        )
+
+
+def fit(
+    model: str,
+    audio: Sequence[Path],
+    output: Path,
+    config: FitConfig,
+    *,
+    cache: Path | None = None,
+    language: str | None = None,
+    device: torch.device | str = "cpu",
+    progress: Progress,
+    complain: Callable[[str], None],
+) -> Path:
+    """Fit heads to the Whisper `model` and save them in `output`; the same call goes on where it was interrupted.
+
+    Args:
+        model: hub name or folder. audio: manifests, and folders of audio files; transcripts are not read.
+        cache: where lessons are kept, for fits of several kinds; None: in `output`.
+        language: of all audio; None takes what manifests say, and else lets the model detect it.
+        progress: gives, for a description and a total, a context with what is told of each step.
+        complain: is told what cannot be used.
+
+    Returns:
+        `output`.
+
+    Raises:
+        ValueError: there is nothing to learn from, or the model or the configuration cannot be used.
+        TrainingError: a loss is not finite.
+        OSError: the disk is full.
+    """
+    transcriber = load_whisper(
+        model, device=torch.device(device), dtype=torch.float32, options=WhisperOptions(language=language), bare=True
+    )
+    recordings, problems = find_recordings(audio)
+    for problem in problems:
+        complain(problem)
+    weights = fingerprint(transcriber.model)
+    lessons = Distillation(
+        (cache or output / "lessons") / f"{weights[:16]}{'' if language is None else '-' + language}"
+    )
+    missing = lessons.missing(recordings)
+    with progress("listening", len(recordings)) as advance:
+        advance(len(recordings) - len(missing))
+        lessons.compute(transcriber, missing, advance=advance, complain=complain)
+    names = lessons.lessons(recordings)
+    if len(names) < 2 * MIN_DEV:
+        raise ValueError(f"{len(names)} stretches of speech to learn from: give at least {2 * MIN_DEV}, better hours")
+    fitting = Fitting(transcriber, lessons, names, config, output)
+    fitting.describe(model, weights, [str(path) for path in audio])
+    fitting.run(progress)
+    return output
+
+
+class Fitting:
+    """Heads in training.
+
+    Args:
+        transcriber: the frozen model. lessons, names: what to learn from.
+        output: folder of the checkpoint, the log, and in the end of the heads.
+    """
+
+    def __init__(
+        self, transcriber: WhisperTranscriber, lessons: Distillation, names: Sequence[str], config: FitConfig,
+        output: Path,
+    ):  # fmt: skip
+        self.lessons, self.config, self.output = lessons, config, output
+        self.processor, self.device = transcriber.processor, transcriber.model.device
+        order = torch.randperm(len(names), generator=torch.Generator().manual_seed(config.seed)).tolist()
+        num_dev = min(MAX_DEV, max(MIN_DEV, round(DEV_SHARE * len(names))))
+        self.dev, self.train = [names[n] for n in order[:num_dev]], [names[n] for n in order[num_dev:]]
+        self.tokens = self._draft_tokens(transcriber, names)
+        self.end = self.tokens.index(min(transcriber.decoder.end_tokens))
+        self._places = torch.full((transcriber.decoder.vocab_size,), -1).scatter(
+            0, torch.tensor(self.tokens), torch.arange(len(self.tokens))
+        )
+        model = transcriber.model
+        self.unembedding_CD = model.proj_out.weight.detach()[self.tokens].clone()
+        self.lm_head, self.norm = model.proj_out, model.model.decoder.layer_norm
+        self.encoder_size = model.config.d_model
+        self.update = 0
+
+    def _draft_tokens(self, transcriber: WhisperTranscriber, names: Sequence[str]) -> list[int]:
+        """Ids that drafts are made of, the blank's stand-in first."""
+        written: set[int] = set()
+        for name in names:
+            written |= set(self.lessons.tokens(name).tolist())
+        end, never = min(transcriber.decoder.end_tokens), transcriber.model.generation_config.suppress_tokens or ()
+        frequent = set(range(min(self.config.draft_vocabulary, end))) - set(never)
+        start = transcriber.model.generation_config.decoder_start_token_id
+        return [start, *sorted((frequent | written | {end}) - {start})]
+
+    def describe(self, model: str, weights: str, audio: Sequence[str]) -> None:
+        """Build new heads for the model of this name and fingerprint, fitted on `audio`."""
+        config = self.config
+        torch.manual_seed(config.seed)
+        heads = FittedHeads(
+            FittedHeadsConfig(
+                base_model=Path(model).name if Path(model).is_dir() else model,
+                base_weights=weights,
+                hidden_size=self.encoder_size,
+                encoder_size=self.encoder_size,
+                num_tokens=len(self.tokens),
+                num_heads=config.num_heads,
+                head_type=config.head_type,
+                adapter_size=config.adapter_size,
+                adapter_layers=config.adapter_layers,
+                adapter_ffn_size=4 * config.adapter_size,
+                fitted_on=tuple(f"{Path(path).parent.name}/{Path(path).name}" for path in audio),
+                fitted_hours=round(sum(seconds_of(self.lessons.num_frames(name)) for name in self.train) / 3600, 2),
+                updates=config.updates,
+            ),
+            self.tokens,
+        )
+        heads.reset_from(self.lm_head, self.norm)
+        self.heads = heads.to(self.device)
+
+    def run(self, progress: Progress) -> None:
+        """Train, and save the heads."""
+        optimizer = MasterAdamW(self.heads.named_parameters(), averaging=0.999)
+        self._resume(optimizer)
+        saved_at = time.monotonic()
+        batches = self._batches()
+        with progress("fitting", self.config.updates) as advance, (self.output / "metrics.jsonl").open("a") as log:
+            advance(self.update)
+            while self.update < self.config.updates:
+                torch.manual_seed(self.config.seed + self.update)
+                loss, figures = self.loss(next(batches), training=True)
+                loss.backward()
+                norm = optimizer.step(learning_rate(self.config.stage, self.update), self.config.stage.max_norm)
+                if not math.isfinite(norm):
+                    raise TrainingError(
+                        f"update {self.update}: loss {loss.item():.4g}, gradient norm {norm}; lower the learning rate "
+                        f"({self.config.learning_rate:g}) and start again"
+                    )
+                self.update += 1
+                advance(1)
+                if self.update % self.config.eval_every == 0 or self.update == self.config.updates:
+                    with optimizer.averaged():
+                        figures |= {f"dev_{name}": value for name, value in self.evaluate().items()}
+                    values = {name: round(float(value), 4) for name, value in figures.items()}
+                    log.write(json.dumps({"update": self.update, "time": time.time(), **values}) + "\n")
+                    log.flush()
+                if time.monotonic() - saved_at > 60 * self.config.checkpoint_minutes:
+                    self._save(optimizer)
+                    saved_at = time.monotonic()
+        with optimizer.averaged():
+            self.heads.save(self.output)
+        self.checkpoint.unlink(missing_ok=True)
+
+    def loss(self, names: Sequence[str], *, training: bool) -> tuple[Tensor, dict[str, Any]]:
+        """Loss of all heads on lessons, and figures for the log: cross-entropies, and each head's accuracy."""
+        batch = [self.lessons.lesson(name) for name in names]
+        texts = [self._places[lesson.tokens] for lesson in batch]
+        text_BM = pad_sequence(texts, batch_first=True, padding_value=self.end).to(self.device)
+        lengths_B = torch.tensor([len(text) for text in texts], device=self.device)
+        ctc_logits, ctc_lengths_B = self._read(batch, training=training)
+        ctc = ctc_loss(ctc_logits, ctc_lengths_B, text_BM, lengths_B, blank=BLANK)
+        states_BUD = pad_sequence([lesson.states for lesson in batch], batch_first=True).to(self.device)
+        # at the last place head 1 says end-of-text, and no head has anything to learn
+        next_BUD = F.embedding(F.pad(text_BM, (0, 1), value=self.end), self.unembedding_CD)
+        further = self.heads.mtp_heads.training_logits(states_BUD, next_BUD, self._unembed)  # type: ignore[arg-type]
+        unused_BUC = further[0].new_zeros(further[0].shape)  # head 1 is the model's own
+        weights = (0.0, *(0.8 ** (k - 2) for k in range(2, self.config.num_heads + 1)))
+        mtp, losses, accuracies = mtp_loss(
+            [unused_BUC, *further], text_BM, lengths_B, weights=weights, end_token_id=self.end
+        )
+        figures: dict[str, Any] = {"ctc": ctc.detach()}
+        for k, (ce, accuracy) in enumerate(zip(losses[1:], accuracies[1:], strict=True), 2):
+            figures |= {f"ce_{k}": ce.detach(), f"accuracy_{k}": accuracy}
+        return ctc + mtp, figures
+
+    def _read(self, batch: Sequence[Lesson], *, training: bool) -> tuple[Tensor, Tensor]:
+        """CTC logits (B, T', C) of lessons, and their lengths (B,)."""
+        frames_BTD = pad_sequence([lesson.frames for lesson in batch], batch_first=True).to(self.device)
+        lengths_B = torch.tensor([len(lesson.frames) for lesson in batch], device=self.device)
+        frames_BTD = F.dropout(frames_BTD, self.config.dropout, training=training)
+        return self.heads.ctc_logits(frames_BTD, lengths_B, self.unembedding_CD)
+
+    def _unembed(self, states: Tensor) -> Tensor:
+        return F.linear(states, self.unembedding_CD)
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """Mean figures on the lessons that nothing is learnt from, and the word errors of what CTC reads there.
+
+        These are counted against what the model wrote.
+        """
+        sums: dict[str, float] = {}
+        read: list[str] = []
+        written: list[str] = []
+        batches = list(self._cut(self.dev))
+        for names in batches:
+            _, figures = self.loss(names, training=False)
+            sums = {name: sums.get(name, 0.0) + float(value) / len(batches) for name, value in figures.items()}
+            logits_BTC, lengths_B = self._read([self.lessons.lesson(name) for name in names], training=False)
+            for row in greedy_ctc(logits_BTC, lengths_B, blank=BLANK):
+                read.append(self.processor.decode_text([self.tokens[token] for token in row]))
+            written += [self.processor.decode_text(self.lessons.tokens(name).tolist()) for name in names]
+        return {**sums, "ctc_wer": count_errors(written, read, NORMALIZER).rate}
+
+    def _batches(self) -> Iterator[list[str]]:
+        """Batches from the one of number `update` on, epoch after epoch."""
+        num_before, epoch = 0, 0
+        while True:
+            generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + epoch)
+            names = [self.train[n] for n in torch.randperm(len(self.train), generator=generator).tolist()]
+            plan = list(self._cut(names))
+            order = torch.randperm(len(plan), generator=generator).tolist()
+            for number, place in enumerate(order, num_before):
+                if number >= self.update:
+                    yield plan[place]
+            num_before, epoch = num_before + len(plan), epoch + 1
+
+    def _cut(self, names: Sequence[str]) -> Iterator[list[str]]:
+        """Batches of at most `batch_seconds` with padding; of near lessons those of like length."""
+        most = self.config.batch_seconds
+        mean = sum(seconds_of(self.lessons.num_frames(name)) for name in names) / max(1, len(names))
+        size = max(1, round(SORTED_BATCHES * most / mean)) if mean else 1
+        for first in range(0, len(names), size):
+            batch: list[str] = []
+            for name in sorted(names[first : first + size], key=self.lessons.num_frames):
+                if batch and (len(batch) + 1) * seconds_of(self.lessons.num_frames(name)) > most:
+                    yield batch
+                    batch = []
+                batch.append(name)
+            yield batch
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.output / "checkpoint.pt"
+
+    def _save(self, optimizer: MasterAdamW) -> None:
+        state = {"config": asdict(self.config), "tokens": self.tokens, "update": self.update}
+        save_atomically({**state, "optimizer": optimizer.state_dict()}, self.checkpoint)
+
+    def _resume(self, optimizer: MasterAdamW) -> None:
+        """Go on from the checkpoint, if there is one.
+
+        Raises:
+            ValueError: it is of another fit.
+        """
+        self.output.mkdir(parents=True, exist_ok=True)
+        if not self.checkpoint.exists():
+            return
+        state = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
+        if state["config"] != asdict(self.config) or state["tokens"] != self.tokens:
+            raise ValueError(
+                f"{self.checkpoint} is of a fit with other settings or audio: give those, another output folder, or "
+                "delete it"
+            )
+        optimizer.load_state_dict(state["optimizer"])
+        self.update = state["update"]

@@ -1,0 +1,198 @@
+"""Fitting heads to a tiny random Whisper, from audio to what `transcribe` does with them."""
+
+import json
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+
+import pytest
+import soundfile
+import torch
+from test_whisper import build, speech
+from typer.testing import CliRunner
+
+from leapasr.cli import app
+from leapasr.decoding import DecodingOptions
+from leapasr.model.fitted_heads import FittedHeads
+from leapasr.model.whisper import fingerprint
+from leapasr.training.distillation import Distillation, find_recordings
+from leapasr.training.fit import FitConfig, fit
+from leapasr.training.losses import shifted_labels
+from leapasr.transcriber import load
+from leapasr.whisper_transcriber import WhisperOptions, load_whisper
+
+CONFIG = FitConfig(
+    num_heads=3, adapter_size=16, adapter_layers=1, draft_vocabulary=100, updates=6, batch_seconds=3.0, warmup=2,
+    eval_every=3, checkpoint_minutes=0.0,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whisper")
+    build(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def audio(tmp_path_factory):
+    """Ten recordings, one of them longer than what the model hears at once."""
+    folder = tmp_path_factory.mktemp("audio")
+    for n in range(10):
+        soundfile.write(folder / f"{n}.wav", speech(2.3 if n == 4 else 0.4 + 0.05 * n, 50 + n), 16_000)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def manifest(audio):
+    """The same with languages; two are not for training."""
+    path = audio / "manifest.jsonl"
+    uses = ["train"] * 8 + ["dev", "test"]
+    rows = []
+    for n, use in enumerate(uses):
+        seconds, language = soundfile.info(audio / f"{n}.wav").duration, ("de", "fr")[n % 2]
+        row = {"id": str(n), "audio": f"{n}.wav", "duration": seconds, "text": "no matter"}
+        rows.append({**row, "language": language, "use": use})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def run(folder, audio, output, config=CONFIG, *, stop_at: int | None = None, **options):
+    """Fit, or be interrupted at an update."""
+
+    @contextmanager
+    def progress(description, total):
+        done = 0
+
+        def advance(amount):
+            nonlocal done
+            done += amount
+            if description == "fitting" and stop_at is not None and done >= stop_at:
+                raise KeyboardInterrupt
+
+        yield advance
+
+    complaints: list[str] = []
+    with pytest.raises(KeyboardInterrupt) if stop_at is not None else nullcontext():
+        fit(str(folder), audio, output, config, progress=progress, complain=complaints.append, **options)
+    return complaints
+
+
+def test_lessons_hold_what_the_model_writes_and_the_states_it_writes_it_from(folder, manifest, tmp_path):
+    model = load_whisper(str(folder), device=torch.device("cpu"), dtype=torch.float32, bare=True)
+    recordings, problems = find_recordings([manifest])
+    assert (len(recordings), problems) == (8, [])
+    lessons = Distillation(tmp_path)
+    lessons.compute(model, recordings, advance=lambda _: None, complain=pytest.fail)
+    names = lessons.lessons(recordings)
+    assert len(names) > 8  # a long recording gives several
+    for name in names:
+        lesson = lessons.lesson(name)
+        assert lesson.states.shape == (len(lesson.tokens) + 1, 32)
+        told = (lesson.states @ model.model.proj_out.weight.T).argmax(-1)
+        kept = [place for place, token in enumerate(lesson.tokens) if token == told[place]]
+        assert len(kept) >= 0.9 * len(lesson.tokens)  # others are in float16, or what rules forbid
+    by_key = {recording.key: recording for recording in recordings}
+    one = next(name for name in names if by_key[name.split("-")[0]].name == "3")
+    chosen = by_key[one.split("-")[0]]
+    expected = model.transcribe(chosen.read(), DecodingOptions(strategy="autoregressive"), language="fr")
+    assert lessons.lesson(one).tokens.tolist() == expected.tokens
+    assert Distillation(tmp_path).lessons(recordings) == names
+    assert not Distillation(tmp_path).missing(recordings)
+
+
+def test_fitted_heads_are_for_their_model_and_change_nothing_that_is_written(folder, manifest, tmp_path):
+    assert run(folder, [manifest], tmp_path / "heads") == []
+    whisper = WhisperOptions(language="de")
+    plain, fitted = load(folder, whisper=whisper), load(folder, adapter=tmp_path / "heads", whisper=whisper)
+    assert fitted.decoder.num_heads == 3
+    config = fitted.heads.config
+    assert (config.base_weights, config.updates) == (fingerprint(plain.model), 6)
+    assert config.fitted_on == (f"{manifest.parent.name}/manifest.jsonl",)
+    assert set(fitted.heads.tokens.tolist()) >= set(range(8, 90))
+    samples = [speech(0.7, n) for n in range(4)]
+    for drafts in ("mtp", "ctc", "both"):
+        results = fitted.transcribe(samples, DecodingOptions(drafts=drafts))
+        assert [each.tokens for each in results] == [each.tokens for each in plain.transcribe(samples)]
+    log = [json.loads(line) for line in (tmp_path / "heads" / "metrics.jsonl").read_text().splitlines()]
+    assert [entry["update"] for entry in log] == [3, 6]
+    assert {"ctc", "ce_2", "accuracy_3", "dev_ctc_wer"} <= log[0].keys()
+    assert not (tmp_path / "heads" / "checkpoint.pt").exists()
+
+
+def test_an_interrupted_fit_gives_the_heads_of_an_uninterrupted_one(folder, audio, tmp_path):
+    cache = tmp_path / "lessons"
+    run(folder, [audio], tmp_path / "whole", cache=cache, language="de")
+    run(folder, [audio], tmp_path / "parts", cache=cache, language="de", stop_at=4)
+    assert not (tmp_path / "parts" / "heads.safetensors").exists()
+    with pytest.raises(ValueError, match="other settings or audio"):
+        run(folder, [audio], tmp_path / "parts", replace(CONFIG, seed=2), cache=cache, language="de")
+    run(folder, [audio], tmp_path / "parts", cache=cache, language="de")
+    first, second = ((tmp_path / name / "heads.safetensors").read_bytes() for name in ("whole", "parts"))
+    assert first == second
+
+
+def test_heads_learn(folder, manifest, tmp_path):
+    config = replace(CONFIG, updates=60, eval_every=60, dropout=0.0, learning_rate=1e-2, batch_seconds=20.0)
+    run(folder, [manifest], tmp_path, config)
+    (log,) = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert log["accuracy_2"] > 0.5
+
+
+def test_labels_of_head_2_are_what_follows_the_next_token():
+    labels = shifted_labels(torch.tensor([[4, 5, 6]]), torch.tensor([3]), head=2, end_token_id=9)
+    assert labels.tolist() == [[5, 6, 9, -100]]
+
+
+def test_what_cannot_be_learnt_from_is_refused(folder, audio, tmp_path):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(ValueError, match="holds no audio file"):
+        run(folder, [empty], tmp_path / "out")
+    soundfile.write(empty / "one.wav", speech(0.5), 16_000)
+    with pytest.raises(ValueError, match="stretches of speech to learn from"):
+        run(folder, [empty], tmp_path / "out")
+    (empty / "broken.wav").write_bytes(b"no audio")
+    assert any("broken.wav" in each for each in _complaints(folder, [empty, audio], tmp_path / "out"))
+    with pytest.raises(ValueError, match="updates must be at least 1"):
+        FitConfig(updates=0)
+
+
+def _complaints(folder, audio, output):
+    return run(folder, audio, output)
+
+
+def test_the_command_line_fits_tells_and_transcribes(folder, audio, tmp_path):
+    runner, heads = CliRunner(), str(tmp_path / "heads")
+    fitted = runner.invoke(app, [
+        "fit", str(folder), "--audio", str(audio), "--output", heads, "--updates", "2", "--heads", "3",
+        "--adapter-size", "16", "--adapter-layers", "1", "--language", "de", "--device", "cpu",
+    ])  # fmt: skip
+    assert fitted.exit_code == 0, fitted.output
+    told = runner.invoke(app, ["info", str(folder), "--adapter", heads])
+    assert "residual, fitted to" in told.output
+    written = {}
+    for name, further in (("fitted", ["--adapter", heads]), ("plain", [])):
+        result = runner.invoke(
+            app, ["transcribe", str(audio / "3.wav"), "--model", str(folder), "--language", "de", *further]
+        )
+        assert result.exit_code == 0, result.output
+        written[name] = result.stdout
+    assert written["fitted"] == written["plain"]
+    for wrong in (["--language", "xx"], ["--strategy", "beam"], ["--condition-on-previous-text"]):
+        result = runner.invoke(app, ["transcribe", str(audio / "3.wav"), "--model", str(folder), *wrong])
+        assert result.exit_code == 2, (wrong, result.output)
+    other = runner.invoke(app, ["info", "--adapter", heads])
+    assert other.exit_code == 2
+
+
+def test_heads_inside_the_package_are_found_by_the_weights(folder, manifest, tmp_path, monkeypatch):
+    run(folder, [manifest], tmp_path / "pretrained" / "heads" / "tiny")
+    monkeypatch.setattr("importlib.resources.files", lambda package: tmp_path)
+    assert load(folder).decoder.num_heads == 3
+    other = tmp_path / "other"
+    other.mkdir()
+    model = build(other)
+    model.model.encoder.conv1.bias.data[0] += 0.1
+    model.save_pretrained(other)
+    assert load(other).decoder.num_heads == 1
+    assert FittedHeads.load(tmp_path / "pretrained" / "heads" / "tiny").config.num_heads == 3
