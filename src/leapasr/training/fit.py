@@ -269,7 +269,7 @@ class Fitting:
     def evaluate(self) -> dict[str, float]:
         """Mean figures on the lessons that nothing is learnt from, and the word errors of what CTC reads there.
 
-        These are counted against what the model wrote.
+        These are counted against what the model wrote, if that has any word.
         """
         sums: dict[str, float] = {}
         read: list[str] = []
@@ -282,6 +282,8 @@ class Fitting:
             for row in greedy_ctc(logits_BTC, lengths_B, blank=BLANK):
                 read.append(self.processor.decode_text([self.tokens[token] for token in row]))
             written += [self.processor.decode_text(self.lessons.tokens(name).tolist()) for name in names]
+        if not any(map(NORMALIZER, written)):
+            return sums
         return {**sums, "ctc_wer": count_errors(written, read, NORMALIZER).rate}
 
     def _batches(self) -> Iterator[list[str]]:
