@@ -401,14 +401,13 @@ def draw(results: Results, path: Path) -> None:
 
 def write(results: Results, arguments: argparse.Namespace) -> None:
     """docs/experiment.md, .json and .png."""
-    seconds = arguments.batch
     page = [
         "# The paper's experiment",
         "",
         f"`experiments/paper.py`: one start, the model that ships with head 1 alone; {arguments.updates} updates of "
-        f"{seconds:g} s with all heads' cross-entropy (further heads weigh {arguments.head_weight:g} · 0.8^(k−1)), "
-        f"then, where it says so, {arguments.mwer_updates} of MWER on lists of {MWER().nbest}, or as many further "
-        "ones of cross-entropy. Encoder and CTC stay as they are. Decoding "
+        f"{arguments.batch:g} s with all heads' cross-entropy (further heads weigh {arguments.head_weight:g} · "
+        f"0.8^(k−1)), then, where it says so, {arguments.mwer_updates} of MWER on lists of {MWER().nbest}, or as many "
+        "further ones of cross-entropy. Encoder and CTC stay as they are. Decoding "
         f"in {arguments.dtype}, batch {arguments.batch_size}, {torch.get_num_threads()} CPU threads; drafts of CTC in "
         "full. What follows from it: [training.md](training.md).",
         "",

@@ -28,7 +28,7 @@ from leapasr.audio import SAMPLE_RATE, AudioError, read_blocks
 from leapasr.chunks import WHOLE, Chunk, Clip, by_length, check_clips, clipped, cut_pieces, cut_recording, windows
 from leapasr.decoding import DecodingOptions, DecodingResult, Prompts, SpeechLlamaDecoder, build_loop
 from leapasr.decoding.costs import FREE, CallCosts, tune
-from leapasr.decoding.ctc import read_ctc
+from leapasr.decoding.ctc import greedy_ctc, read_ctc
 from leapasr.decoding.drafts import Drafter, Reading, build_drafter
 from leapasr.decoding.guards import MAX_TOKENS_AT_LEAST, MAX_TOKENS_PER_SECOND, token_bound
 from leapasr.decoding.interface import Decoder
@@ -474,16 +474,16 @@ class Transcriber:
 
     def read_ctc(self, batch: EncodedBatch) -> list[Reading]:
         """What the CTC head reads in each chunk."""
-        return self._read_ctc(batch, blank=self.model.config.blank_token_id)
+        return read_ctc(batch.ctc_logits_BTV, batch.ctc_lengths_B, blank=self.model.config.blank_token_id)
 
-    @staticmethod
-    def _read_ctc(batch: EncodedBatch, *, blank: int) -> list[Reading]:
-        return read_ctc(batch.ctc_logits_BTV, batch.ctc_lengths_B, blank=blank)
+    def greedy_ctc(self, batch: EncodedBatch) -> list[list[int]]:
+        """The tokens of `read_ctc`, without the work of telling how sure they are."""
+        return greedy_ctc(batch.ctc_logits_BTV, batch.ctc_lengths_B, blank=self.model.config.blank_token_id)
 
     def decode_ctc(self, batch: EncodedBatch) -> DecodedBatch:
         """What the CTC head alone says, greedily, without one decoder call and without a trace."""
         with timed(self.model.device) as timer:
-            rows = [list(reading.tokens) for reading in self.read_ctc(batch)]
+            rows = self.greedy_ctc(batch)
         return DecodedBatch(
             [DecodingResult(tokens, num_calls=0, trace=[], truncated=None) for tokens in rows], timer.seconds
         )

@@ -21,6 +21,7 @@ from transformers import WhisperForConditionalGeneration
 from leapasr.audio import SAMPLE_RATE, AudioError
 from leapasr.chunks import SHORTEST_SECONDS, WHOLE, Chunk, Clip, clipped
 from leapasr.decoding import DecodingOptions, Prompts
+from leapasr.decoding.ctc import greedy_ctc, read_ctc
 from leapasr.decoding.drafts import Drafter, MTPDrafter, Reading
 from leapasr.decoding.rules import Timestamps, WhisperRules
 from leapasr.decoding.whisper import WhisperTextDecoder
@@ -270,8 +271,15 @@ class WhisperTranscriber(Transcriber):
         ids = self.heads.tokens.tolist()
         return [
             Reading([ids[token] for token in reading.tokens], reading.probabilities)
-            for reading in self._read_ctc(batch, blank=BLANK)
+            for reading in read_ctc(batch.ctc_logits_BTV, batch.ctc_lengths_B, blank=BLANK)
         ]
+
+    def greedy_ctc(self, batch: EncodedBatch) -> list[list[int]]:
+        if self.heads is None:
+            return [[] for _ in batch.chunks]
+        ids = self.heads.tokens.tolist()
+        rows = greedy_ctc(batch.ctc_logits_BTV, batch.ctc_lengths_B, blank=BLANK)
+        return [[ids[token] for token in row] for row in rows]
 
     def hears_speech(self, done: DecodedChunk) -> bool:
         """True: what the model writes stays, whatever the CTC head hears."""

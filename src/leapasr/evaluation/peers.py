@@ -34,16 +34,11 @@ def generate(
         max_tokens: most tokens a row, end-of-text included.
         options: further arguments of `generate`.
     """
-    embeddings_BLD, lengths_B = prompts.embeddings_BLD, prompts.lengths_B
+    embeddings_BLD = prompts.embeddings_BLD
     rows, num_places = embeddings_BLD.shape[:2]
     inputs: dict[str, Any] = {"do_sample": False, "max_new_tokens": max_tokens, **options}
     if prompts.memory_BMD is None:
-        order_BL = torch.arange(num_places, device=lengths_B.device) - (num_places - lengths_B[:, None])
-        inputs["attention_mask"] = (order_BL >= 0).long()  # it wants padding on the left
-        order_BL = order_BL.clamp(min=0)
-        inputs["inputs_embeds"] = embeddings_BLD.gather(1, order_BL[..., None].expand_as(embeddings_BLD))
-        if prompts.positions_BL is not None:
-            inputs["position_ids"] = prompts.positions_BL.gather(1, order_BL)
+        inputs |= left_padded(prompts)
     else:
         assert prompts.memory_lengths_B is not None
         memory = DynamicCache()
@@ -83,6 +78,19 @@ def generate_whisper(
     begin, end = config.no_timestamps_token_id, config.eos_token_id
     rows = [row[row.index(begin) + 1 :] if begin in row else row for row in written]
     return [row[: row.index(end)] if end in row else row for row in rows]
+
+
+def left_padded(prompts: Prompts) -> dict[str, Tensor]:
+    """Prompts without a memory as arguments of `generate`, which wants padding on the left."""
+    embeddings_BLD, lengths_B = prompts.embeddings_BLD, prompts.lengths_B
+    num_places = embeddings_BLD.shape[1]
+    order_BL = torch.arange(num_places, device=lengths_B.device) - (num_places - lengths_B[:, None])
+    inputs = {"attention_mask": (order_BL >= 0).long()}
+    order_BL = order_BL.clamp(min=0)
+    inputs["inputs_embeds"] = embeddings_BLD.gather(1, order_BL[..., None].expand_as(embeddings_BLD))
+    if prompts.positions_BL is not None:
+        inputs["position_ids"] = prompts.positions_BL.gather(1, order_BL)
+    return inputs
 
 
 @contextmanager

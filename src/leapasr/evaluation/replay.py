@@ -36,6 +36,7 @@ from leapasr.decoding.interface import CausalLMDecoder, Ways
 from leapasr.decoding.rewriting import Verdict
 from leapasr.decoding.trace import DraftToken
 from leapasr.evaluation.bench import Utterances
+from leapasr.evaluation.peers import left_padded
 from leapasr.model.mtp_heads import LatentHeads, MTPHeads
 from leapasr.running import timed
 from leapasr.transcriber import MIXED, Transcriber, device_of, dtype_of
@@ -291,15 +292,10 @@ def _systems(decoder: ReplayDecoder, texts: Sequence[RecordedText]) -> Iterator[
 
     def generate(texts: Sequence[RecordedText], prompts: Prompts) -> None:
         longest = max(text.num_tokens for text in texts)
-        L = prompts.embeddings_BLD.shape[1]
-        order_BL = torch.arange(L, device=decoder.device) - (L - prompts.lengths_B[:, None])  # padding on the left
-        rows_B1 = torch.arange(len(texts), device=decoder.device)[:, None]
         with torch.inference_mode():
             decoder.causal_lm.generate(
-                inputs_embeds=prompts.embeddings_BLD[rows_B1, order_BL.clamp(min=0)],
-                attention_mask=(order_BL >= 0).long(),
-                max_new_tokens=longest, min_new_tokens=longest, do_sample=False,
-            )  # fmt: skip
+                **left_padded(prompts), max_new_tokens=longest, min_new_tokens=longest, do_sample=False
+            )
 
     by_strategy: dict[str, list[RecordedText]] = {}
     for text in texts:
