@@ -4,17 +4,19 @@ import json
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import soundfile
 import torch
 from test_whisper import build, speech
 from typer.testing import CliRunner
 
+from leapasr.chunks import Chunk
 from leapasr.cli import app
 from leapasr.decoding import DecodingOptions
 from leapasr.model.fitted_heads import FittedHeads
 from leapasr.model.whisper import fingerprint
-from leapasr.training.distillation import Distillation, find_recordings
+from leapasr.training.distillation import OF_ONE, PAUSE_SECONDS, WITH, Distillation, find_recordings, joined
 from leapasr.training.fit import FitConfig, fit
 from leapasr.training.losses import shifted_labels
 from leapasr.transcriber import load
@@ -92,12 +94,41 @@ def test_lessons_hold_what_the_model_writes_and_the_states_it_writes_it_from(fol
         kept = [place for place, token in enumerate(lesson.tokens) if token == told[place]]
         assert len(kept) >= 0.9 * len(lesson.tokens)  # others are in float16, or what rules forbid
     by_key = {recording.key: recording for recording in recordings}
-    one = next(name for name in names if by_key[name.split("-")[0]].name == "3")
-    chosen = by_key[one.split("-")[0]]
-    expected = model.transcribe(chosen.read(), DecodingOptions(strategy="autoregressive"), language="fr")
-    assert lessons.lesson(one).tokens.tolist() == expected.tokens
+    alone = [name for name in names if WITH not in name and by_key[name.split(OF_ONE)[0]].name != "4"]
+    for name in alone:
+        recording = by_key[name.split(OF_ONE)[0]]
+        expected = model.transcribe(
+            recording.read(), DecodingOptions(strategy="autoregressive"), language=recording.language
+        )
+        assert lessons.lesson(name).tokens.tolist() == expected.tokens
+    assert alone
     assert Distillation(tmp_path).lessons(recordings) == names
     assert not Distillation(tmp_path).missing(recordings)
+
+
+def chunk(name: str, seconds: float, language: str | None = "de") -> Chunk[str]:
+    return Chunk(name, 0.0, np.full(int(16_000 * seconds), len(name), np.float32), language)
+
+
+def test_neighbours_of_one_language_are_joined_to_all_lengths_and_none_is_lost():
+    chunks = [chunk(f"r{n}-0", 0.5 + n % 7, "de" if n < 150 else "fr") for n in range(200)]
+    stretches = list(joined(chunks, 30.0))
+    assert WITH.join(each.recording for each in stretches).split(WITH) == [each.recording for each in chunks]
+    assert all(len({int(part[1:-2]) < 150 for part in each.recording.split(WITH)}) == 1 for each in stretches)
+    assert max(each.seconds for each in stretches) <= 30
+    counts = [each.recording.count(WITH) + 1 for each in stretches]
+    assert min(counts) == 1
+    assert max(counts) > 4
+    for each in stretches:
+        parts = [part for part in chunks if part.recording in each.recording.split(WITH)]
+        pauses = PAUSE_SECONDS * (len(parts) - 1)
+        assert each.seconds == pytest.approx(sum(part.seconds for part in parts) + pauses, abs=1e-3)
+    assert [each.recording for each in stretches] == [each.recording for each in joined(chunks, 30.0)]
+
+
+def test_what_is_of_no_known_language_stays_alone():
+    names = [each.recording for each in joined([chunk(f"r{n}-0", 1.0, None) for n in range(40)], 30.0)]
+    assert names == [f"r{n}-0" for n in range(40)]
 
 
 def test_fitted_heads_are_for_their_model_and_change_nothing_that_is_written(folder, manifest, tmp_path):

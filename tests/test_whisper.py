@@ -26,7 +26,7 @@ from leapasr.decoding.reference import decode_reference, full_forward
 from leapasr.decoding.rules import Timestamps, WhisperRules
 from leapasr.decoding.whisper import WhisperTextDecoder
 from leapasr.model.checkpoints import CheckpointError
-from leapasr.model.fitted_heads import BLANK, FittedHeads, FittedHeadsConfig
+from leapasr.model.fitted_heads import FittedHeads, FittedHeadsConfig
 from leapasr.model.mtp_heads import new_heads
 from leapasr.model.whisper import fingerprint, load_whisper_model, whisper_generation_config
 from leapasr.transcriber import load
@@ -386,7 +386,7 @@ def test_drafts_of_a_part_of_the_vocabulary_are_of_that_part(model):
 
 def heads_for(model, **fields) -> FittedHeads:
     """Heads with random weights, of which CTC's reads something."""
-    tokens = [model.generation_config.decoder_start_token_id, *range(200), model.generation_config.eos_token_id]
+    tokens = [*range(200), model.generation_config.eos_token_id]
     config = FittedHeadsConfig(
         base_model="tiny", base_weights=fingerprint(model), hidden_size=32, encoder_size=32, num_tokens=len(tokens),
         adapter_size=16, adapter_layers=1, adapter_attention_heads=2, adapter_ffn_size=32, **fields,
@@ -622,7 +622,3 @@ def test_options_that_fit_no_whisper_or_not_this_one_are_refused(folder, tmp_pat
         timed.transcribe(speech(0.5), DecodingOptions(strategy="threshold", threshold=0.5))
     with pytest.raises(ValueError, match="one clip"):
         timed.transcribe(speech(0.5), clips=((0.0, 0.1), (0.2, 0.3)))
-
-
-def test_blank_stands_first(model):
-    assert int(heads_for(model).tokens[BLANK]) == model.generation_config.decoder_start_token_id

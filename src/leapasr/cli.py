@@ -619,6 +619,7 @@ def fit(
     language: Annotated[
         str | None, typer.Option(help="Language of all audio; without it, what manifests say, or what is detected.")
     ] = None,
+    precision: Annotated[Literal["bf16", "fp32"], typer.Option(help="Of products.")] = "bf16",
     device: Device = None,
     seed: Annotated[int, typer.Option(help="Of new weights and the order of lessons.")] = 1,
 ) -> None:
@@ -638,6 +639,7 @@ def fit(
                 head_type=head_type,
                 adapter_size=adapter_size,
                 adapter_layers=adapter_layers,
+                precision=precision,
                 updates=updates,
                 learning_rate=learning_rate,
                 seed=seed,

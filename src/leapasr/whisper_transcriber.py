@@ -1,6 +1,6 @@
 """A Whisper that people already have, as a `Transcriber`: what it writes is what transformers' `generate` writes.
 
-Shapes: B rows, T frames, F mel bins, D width, C tokens that drafts are made of, V vocabulary.
+Shapes: B rows, T frames, F mel bins, D width, P pieces and the blank, V vocabulary.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,9 @@ from leapasr.decoding.rules import Timestamps, WhisperRules
 from leapasr.decoding.whisper import WhisperTextDecoder
 from leapasr.model.checkpoints import CheckpointError
 from leapasr.model.encoders import FEATURE_RATE
-from leapasr.model.fitted_heads import BLANK, FittedHeads, shipped_heads
+from leapasr.model.fitted_heads import BLANK, FittedHeads, rows_of_pieces, shipped_heads
 from leapasr.model.information import ModelInformation, describe_whisper
+from leapasr.model.pieces import Pieces
 from leapasr.model.whisper import (
     WhisperProcessor,
     fingerprint,
@@ -42,7 +44,6 @@ from leapasr.transcription import Segment, Transcription, timed_words, token_tim
 from leapasr.whisper_windows import WindowedRecording, Written
 
 TASKS = ("transcribe", "translate")
-NEVER = -30.0  # natural log: of a token that drafts are not made of, when the times of words are looked for
 SAMPLES_PER_FRAME = 320  # of the encoder
 
 
@@ -104,7 +105,8 @@ class WhisperTranscriber(Transcriber):
         self._generation, self.options, self.heads = config, options, heads
         if heads is not None:
             heads = self.heads = heads.to(model.device, model.dtype).eval()
-            self._unembedding_CD = model.proj_out.weight.detach()[heads.tokens.long()]
+            self._pieces = Pieces(processor.tokenizer, heads.config.num_pieces)
+            self._unembedding_PD = rows_of_pieces(model.proj_out.weight, self._pieces)
         decoder = WhisperTextDecoder(
             model,
             None if heads is None else heads.mtp_heads,
@@ -207,8 +209,9 @@ class WhisperTranscriber(Transcriber):
 
     def _frames(self, features: Sequence[Tensor]) -> Tensor:
         """The encoder's frames (B, T, D) of windows of features (T', F)."""
-        features_BFT = torch.stack(list(features)).transpose(1, 2).to(self.model.device, self.model.dtype)
-        return self.model.model.encoder(features_BFT).last_hidden_state
+        encoder = self.model.model.encoder
+        features_BFT = torch.stack(list(features)).transpose(1, 2).to(self.model.device, encoder.conv1.weight.dtype)
+        return encoder(features_BFT).last_hidden_state.to(self.decoder.dtype)
 
     def _languages(self, chunks: Sequence[Chunk], frames_BTD: Tensor) -> list[str | None]:
         """The code of each chunk's language: asked for, else detected."""
@@ -241,15 +244,15 @@ class WhisperTranscriber(Transcriber):
         lengths_B = torch.tensor([-(-len(chunk.samples) // SAMPLES_PER_FRAME) for chunk in chunks])
         lengths_B = lengths_B.clamp(max=frames_BTD.shape[1]).to(frames_BTD.device)
         if self.heads is None:
-            logits_BTC, ctc_lengths_B = frames_BTD.new_zeros(len(chunks), 0, 1), torch.zeros_like(lengths_B)
+            logits_BTP, ctc_lengths_B = frames_BTD.new_zeros(len(chunks), 0, 1), torch.zeros_like(lengths_B)
         else:
             heard_BTD = frames_BTD[:, : int(lengths_B.max())]
-            logits_BTC, ctc_lengths_B = self.heads.ctc_logits(heard_BTD, lengths_B, self._unembedding_CD)
+            logits_BTP, ctc_lengths_B = self.heads.ctc_logits(heard_BTD, lengths_B, self._unembedding_PD)
         return EncodedBatch(
             chunks=chunks,
             prompts=self._prompts(begin, frames_BTD),
             max_tokens=[self.decoder.max_positions] * len(chunks),
-            ctc_logits_BTV=logits_BTC,
+            ctc_logits_BTV=logits_BTP,
             ctc_lengths_B=ctc_lengths_B,
             seconds=0.0,
         )
@@ -268,18 +271,18 @@ class WhisperTranscriber(Transcriber):
     def read_ctc(self, batch: EncodedBatch) -> list[Reading]:
         if self.heads is None:
             return [Reading([], []) for _ in batch.chunks]
-        ids = self.heads.tokens.tolist()
-        return [
-            Reading([ids[token] for token in reading.tokens], reading.probabilities)
-            for reading in read_ctc(batch.ctc_logits_BTV, batch.ctc_lengths_B, blank=BLANK)
-        ]
+        readings = read_ctc(batch.ctc_logits_BTV, batch.ctc_lengths_B, blank=BLANK)
+        return [Reading(*self._joined(reading.tokens, reading.probabilities)) for reading in readings]
 
     def greedy_ctc(self, batch: EncodedBatch) -> list[list[int]]:
         if self.heads is None:
             return [[] for _ in batch.chunks]
-        ids = self.heads.tokens.tolist()
         rows = greedy_ctc(batch.ctc_logits_BTV, batch.ctc_lengths_B, blank=BLANK)
-        return [[ids[token] for token in row] for row in rows]
+        return [self._joined(row, [1.0] * len(row))[0] for row in rows]
+
+    def _joined(self, places: Sequence[int], probabilities: Sequence[float]) -> tuple[list[int], list[float]]:
+        """Tokens of what CTC reads, given as places behind the blank, and how sure it is of each."""
+        return self._pieces.join([place - 1 for place in places], probabilities)
 
     def hears_speech(self, done: DecodedChunk) -> bool:
         """True: what the model writes stays, whatever the CTC head hears."""
@@ -289,18 +292,18 @@ class WhisperTranscriber(Transcriber):
         if self.heads is None:
             return []
         chunk, batch = done.chunk, done.batch
-        num_frames = int(batch.ctc_lengths_B[done.row])
-        log_probs_TC = batch.ctc_logits_BTV[done.row, :num_frames].float().log_softmax(-1)
-        log_probs_TV = log_probs_TC.new_full((num_frames, self.decoder.vocab_size), NEVER)
-        log_probs_TV.index_copy_(1, self.heads.tokens.long(), log_probs_TC)
-        return token_times(
-            tokens,
-            log_probs_TV,
+        parts = [self._pieces.split(token) for token in tokens]
+        times = token_times(
+            [1 + place for part in parts for place in part],
+            batch.ctc_logits_BTV[done.row, : int(batch.ctc_lengths_B[done.row])].float().log_softmax(-1),
             frame_rate=SAMPLE_RATE / SAMPLES_PER_FRAME / self.heads.config.encoder_stacking,
-            blank=int(self.heads.tokens[BLANK]),
+            blank=BLANK,
             start=chunk.start,
             end=chunk.end,
         )
+        ends = list(accumulate(map(len, parts)))
+        spans = zip([0, *ends], ends, strict=False)
+        return [(times[first][0], times[stop - 1][1]) for first, stop in spans] if times else []
 
     # With timestamps
 

@@ -1,10 +1,11 @@
 """Heads that were fitted to a model which somebody already has: heads 2..K, and a CTC head on its frozen encoder.
 
 They find their tokens through the model's own unembedding, so they are small, and are worth nothing without that very
-model: what is saved names it and holds the fingerprint of its weights. Drafts are made of a part of the vocabulary
-(`FittedHeads.tokens`), so that they cost a part of what the model's own next token costs.
+model: what is saved names it and holds the fingerprint of its weights. What heads guess is of a part of the vocabulary
+(`FittedHeads.tokens`), so that it costs a part of what the model's own next token costs. CTC reads pieces of tokens
+(`model.pieces`).
 
-Shapes: B rows, T frames, D the model's width, V its vocabulary, C tokens that drafts are made of.
+Shapes: B rows, T frames, D the model's width, V its vocabulary, C tokens that heads guess, P pieces and the blank.
 """
 
 from __future__ import annotations
@@ -20,15 +21,17 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from leapasr.model.adapter import Adapter, SharedCTCHead
 from leapasr.model.checkpoints import CheckpointError
 from leapasr.model.mtp_heads import MTPHeads, new_heads
+from leapasr.model.pieces import Pieces
 from leapasr.model.storage import from_int8, replace_files, to_int8
 
 CONFIG_FILE, WEIGHTS_FILE = "heads.json", "heads.safetensors"
 SHARING_HEAD_TYPES = ("latent", "residual", "sequential")  # those that share the model's unembedding
-BLANK = 0  # its place among the tokens of drafts
+BLANK = 0  # its place in front of the pieces
 SHIPPED = ("pretrained", "heads")  # folder inside the package
 
 
@@ -42,7 +45,7 @@ class FittedHeadsConfig:
         num_heads: K. head_type: of heads 2..K, one of `SHARING_HEAD_TYPES`.
         encoder_stacking, adapter_size, adapter_layers, adapter_attention_heads, adapter_ffn_size: of what lies between
             the encoder and the CTC head, as in `SpeechLlamaConfig`.
-        num_tokens: C, blank included.
+        num_tokens: C. num_pieces: P - 1, or what `Pieces` is to be asked for.
         fitted_on: names of what the heads were fitted on. fitted_hours: of audio. updates: of training.
 
     Raises:
@@ -54,6 +57,7 @@ class FittedHeadsConfig:
     hidden_size: int
     encoder_size: int
     num_tokens: int
+    num_pieces: int = 512
     num_heads: int = 4
     head_type: str = "residual"
     encoder_stacking: int = 2
@@ -83,7 +87,7 @@ class FittedHeads(nn.Module):
 
     Args:
         config: see `FittedHeadsConfig`.
-        tokens: ids that drafts are made of; the first one stands for the blank and in no text.
+        tokens: ids that heads 2..K guess.
     """
 
     tokens: Tensor
@@ -102,14 +106,14 @@ class FittedHeads(nn.Module):
         self.mtp_heads.reset_from(lm_head)
         self.ctc_head.reset_from(norm)
 
-    def ctc_logits(self, frames_BTD: Tensor, lengths_B: Tensor, unembedding_CD: Tensor) -> tuple[Tensor, Tensor]:
-        """CTC logits (B, ceil(T / stacking), C) and their lengths (B,) from the encoder's frames.
+    def ctc_logits(self, frames_BTD: Tensor, lengths_B: Tensor, unembedding_PD: Tensor) -> tuple[Tensor, Tensor]:
+        """CTC logits (B, ceil(T / stacking), P) and their lengths (B,) from the encoder's frames.
 
         Args:
-            unembedding_CD: the model's rows for `tokens`.
+            unembedding_PD: as `rows_of_pieces` gives it.
         """
         frames, lengths_B = self.adapter(frames_BTD, lengths_B)
-        return self.ctc_head(frames, unembedding_CD), lengths_B
+        return self.ctc_head(frames, unembedding_PD), lengths_B
 
     def check(self, base_weights: str, *, name: str) -> None:
         """Raises CheckpointError unless these heads were fitted to the model `name`, whose fingerprint is given."""
@@ -165,6 +169,11 @@ class FittedHeads(nn.Module):
         except RuntimeError as error:
             raise CheckpointError(f"{folder / WEIGHTS_FILE} is of another shape than {CONFIG_FILE}: {error}") from error
         return heads.eval().requires_grad_(False)
+
+
+def rows_of_pieces(unembedding_VD: Tensor, pieces: Pieces) -> Tensor:
+    """The rows (P, D) of the model's unembedding that CTC reads by; zeros for the blank, which has its own."""
+    return F.pad(unembedding_VD.detach()[pieces.ids], (0, 0, 1, 0))
 
 
 def read_config(folder: Path) -> FittedHeadsConfig:

@@ -1,7 +1,8 @@
 """What a frozen model makes of audio, computed once and kept on disk: heads then learn from it without the model.
 
 A lesson holds what the model wrote greedily (no transcript is needed), the decoder's states from which it wrote it,
-and the encoder's frames.
+and the encoder's frames. Short recordings are joined now and then (`joined`): the model hears windows of one length,
+and these are filled in all ways when it is used.
 
 Shapes: T frames, M tokens, U = M + 1 places (before the first token, and behind each), D width.
 """
@@ -9,6 +10,8 @@ Shapes: T frames, M tokens, U = M + 1 places (before the first token, and behind
 from __future__ import annotations
 
 import hashlib
+import random
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -37,7 +40,9 @@ from leapasr.whisper_transcriber import SAMPLES_PER_FRAME, WhisperTranscriber
 GREEDY = DecodingOptions(strategy="autoregressive")
 GROUP = 64  # recordings whose lessons are written together: what an interruption loses
 BATCH_SIZE = 16
+PAUSE_SECONDS = 0.3  # of silence between recordings that are joined
 PARTS = ("tokens", "states", "frames")
+OF_ONE, WITH = "-", "+"  # between recording and number in a lesson's name, and between those that are joined
 
 
 @dataclass(frozen=True)
@@ -124,7 +129,7 @@ class Distillation:
                 for name in shard.keys():  # noqa: SIM118 (no mapping)
                     lesson, part = name.split("/")
                     self._shards[lesson] = path
-                    self._done.add(lesson.split("-")[0])
+                    self._done |= recordings_of(lesson)
                     if part == "frames":
                         num_tokens = shard.get_slice(f"{lesson}/tokens").get_shape()[0]
                         self._lengths[lesson] = num_tokens, shard.get_slice(name).get_shape()[0]
@@ -132,9 +137,9 @@ class Distillation:
             raise ValueError(f"{path} is damaged ({error}); delete it, and it is computed again") from error
 
     def lessons(self, recordings: Sequence[Recording]) -> list[str]:
-        """Names of the lessons of those recordings that are there."""
+        """Names of the lessons that are there of those recordings and no others."""
         keys = {recording.key for recording in recordings}
-        return sorted(lesson for lesson in self._shards if lesson.split("-")[0] in keys)
+        return sorted(lesson for lesson in self._shards if recordings_of(lesson) <= keys)
 
     def num_frames(self, lesson: str) -> int:
         return self._lengths[lesson][1]
@@ -181,11 +186,11 @@ class Distillation:
                     continue
                 cut = transcriber.cut([(0, samples)], language=recording.language)
                 chunks += [
-                    Chunk(f"{recording.key}-{n}", chunk.start, chunk.samples, chunk.language)
+                    Chunk(f"{recording.key}{OF_ONE}{n}", 0.0, chunk.samples, chunk.language or transcriber.language)
                     for n, chunk in enumerate(cut)
                 ]
             tensors: dict[str, Tensor] = {}
-            for batch in by_length(chunks, BATCH_SIZE):
+            for batch in by_length(list(joined(chunks, transcriber.max_seconds)), BATCH_SIZE):
                 tensors |= learn(transcriber, transcriber.encode(batch))
             if tensors:
                 self._write(f"{group[0].key}.safetensors", tensors)
@@ -197,6 +202,32 @@ class Distillation:
         except SafetensorError as error:
             raise OSError(f"cannot write {self.folder / name}: {error}") from error
         self._take_in(self.folder / name)
+
+
+def recordings_of(lesson: str) -> set[str]:
+    """Keys of the recordings that a lesson is of."""
+    return {part.split(OF_ONE)[0] for part in lesson.split(WITH)}
+
+
+def joined(chunks: Sequence[Chunk[str]], max_seconds: float) -> Iterator[Chunk[str]]:
+    """Neighbours of one known language joined to stretches of all lengths, some left alone; names are joined too.
+
+    How long a stretch is to become at most is drawn, evenly up to `max_seconds`, by the name of its first part.
+    """
+    waiting = deque(chunks)
+    while waiting:
+        parts = [waiting.popleft()]
+        seconds = parts[0].seconds
+        longest = random.Random(parts[0].recording).uniform(0, max_seconds)
+        while waiting and (language := waiting[0].language) and language == parts[0].language:
+            seconds += PAUSE_SECONDS + waiting[0].seconds
+            if seconds > longest:
+                break
+            parts.append(waiting.popleft())
+        pause = np.zeros(int(PAUSE_SECONDS * SAMPLE_RATE), np.float32)
+        samples = [piece for part in parts for piece in (pause, part.samples)][1:]
+        name = WITH.join(part.recording for part in parts)
+        yield Chunk(name, 0.0, np.concatenate(samples), parts[0].language)
 
 
 @torch.inference_mode()

@@ -3,7 +3,7 @@
 Every update is a function of (configuration, seed, update number): a run that is killed and resumed gives the heads of
 an uninterrupted one.
 
-Shapes: B rows, T frames, M tokens, U places, D width, C tokens that drafts are made of.
+Shapes: B rows, T frames, M tokens, U places, D width, C tokens that heads guess, P pieces and the blank.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ from torch.nn.utils.rnn import pad_sequence
 from leapasr.config import Stage
 from leapasr.decoding.ctc import greedy_ctc
 from leapasr.evaluation.scoring import count_errors
-from leapasr.model.fitted_heads import BLANK, FittedHeads, FittedHeadsConfig
+from leapasr.model.fitted_heads import BLANK, FittedHeads, FittedHeadsConfig, rows_of_pieces
+from leapasr.model.pieces import Pieces
+from leapasr.model.precision import cast
 from leapasr.model.whisper import fingerprint
 from leapasr.text import NORMALIZER
 from leapasr.training.distillation import Distillation, Lesson, find_recordings, seconds_of
@@ -47,11 +49,14 @@ class FitConfig:
     Attributes:
         num_heads: K, head 1 included. head_type: of heads 2..K.
         adapter_size, adapter_layers: of what lies between the encoder and the CTC head.
-        draft_vocabulary: drafts are made of the tokens with the lowest ids, so many, which byte-level BPE found the
-            most frequent, and of all tokens that the model wrote in fitting.
+        draft_vocabulary: heads guess the tokens with the lowest ids, so many, which byte-level BPE found the most
+            frequent, and all tokens that the model wrote in fitting.
+        num_pieces: CTC reads as many pieces of tokens (`model.pieces`).
         updates: of all heads. batch_seconds: audio in an update, with padding.
         learning_rate: the peak, behind `warmup` updates; then it falls linearly.
         dropout: of the encoder's frames.
+        precision: of products, those of the frozen encoder too: ``bf16`` (trained weights are kept in float32 beside)
+            or ``fp32``.
         seed: of new weights and the order of lessons.
 
     Raises:
@@ -63,11 +68,13 @@ class FitConfig:
     adapter_size: int = 256
     adapter_layers: int = 2
     draft_vocabulary: int = 8192
+    num_pieces: int = 512
     updates: int = 3000
     batch_seconds: float = 120.0
     learning_rate: float = 1e-3
     warmup: int = 100
     dropout: float = 0.1
+    precision: str = "bf16"
     seed: int = 1
     eval_every: int = 250
     checkpoint_minutes: float = 5.0
@@ -76,6 +83,12 @@ class FitConfig:
         for name in ("adapter_layers", "draft_vocabulary", "updates", "eval_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.precision not in ("bf16", "fp32"):
+            raise ValueError(f"precision must be bf16 or fp32, got {self.precision!r}")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.precision == "bf16" else torch.float32
 
     @property
     def stage(self) -> Stage:
@@ -127,6 +140,7 @@ def fit(
     missing = lessons.missing(recordings)
     with progress("listening", len(recordings)) as advance:
         advance(len(recordings) - len(missing))
+        transcriber.model.model.encoder.to(config.dtype)
         lessons.compute(transcriber, missing, advance=advance, complain=complain)
     names = lessons.lessons(recordings)
     if len(names) < 2 * MIN_DEV:
@@ -159,21 +173,23 @@ class Fitting:
         self._places = torch.full((transcriber.decoder.vocab_size,), -1).scatter(
             0, torch.tensor(self.tokens), torch.arange(len(self.tokens))
         )
+        self.pieces = Pieces(self.processor.tokenizer, config.num_pieces)
         model = transcriber.model
-        self.unembedding_CD = model.proj_out.weight.detach()[self.tokens].clone()
+        self.dtype = config.dtype
+        self.unembedding_CD = model.proj_out.weight.detach()[self.tokens].to(self.dtype)
+        self.unembedding_PD = rows_of_pieces(model.proj_out.weight, self.pieces).to(self.dtype)
         self.lm_head, self.norm = model.proj_out, model.model.decoder.layer_norm
         self.encoder_size = model.config.d_model
         self.update = 0
 
     def _draft_tokens(self, transcriber: WhisperTranscriber, names: Sequence[str]) -> list[int]:
-        """Ids that drafts are made of, the blank's stand-in first."""
+        """Ids that heads guess."""
         written: set[int] = set()
         for name in names:
             written |= set(self.lessons.tokens(name).tolist())
         end, never = min(transcriber.decoder.end_tokens), transcriber.model.generation_config.suppress_tokens or ()
         frequent = set(range(min(self.config.draft_vocabulary, end))) - set(never)
-        start = transcriber.model.generation_config.decoder_start_token_id
-        return [start, *sorted((frequent | written | {end}) - {start})]
+        return sorted(frequent | written | {end})
 
     def describe(self, model: str, weights: str, audio: Sequence[str]) -> None:
         """Build new heads for the model of this name and fingerprint, fitted on `audio`."""
@@ -186,6 +202,7 @@ class Fitting:
                 hidden_size=self.encoder_size,
                 encoder_size=self.encoder_size,
                 num_tokens=len(self.tokens),
+                num_pieces=len(self.pieces.ids),
                 num_heads=config.num_heads,
                 head_type=config.head_type,
                 adapter_size=config.adapter_size,
@@ -199,10 +216,12 @@ class Fitting:
         )
         heads.reset_from(self.lm_head, self.norm)
         self.heads = heads.to(self.device)
+        self.optimizer = MasterAdamW(self.heads.named_parameters(), averaging=0.999)
+        cast(self.heads, self.dtype)
 
     def run(self, progress: Progress) -> None:
         """Train, and save the heads."""
-        optimizer = MasterAdamW(self.heads.named_parameters(), averaging=0.999)
+        optimizer = self.optimizer
         self._resume(optimizer)
         saved_at = time.monotonic()
         batches = self._batches()
@@ -229,6 +248,7 @@ class Fitting:
                 if time.monotonic() - saved_at > 60 * self.config.checkpoint_minutes:
                     self._save(optimizer)
                     saved_at = time.monotonic()
+        cast(self.heads, torch.float32)
         with optimizer.averaged():
             self.heads.save(self.output)
         self.checkpoint.unlink(missing_ok=True)
@@ -240,8 +260,11 @@ class Fitting:
         text_BM = pad_sequence(texts, batch_first=True, padding_value=self.end).to(self.device)
         lengths_B = torch.tensor([len(text) for text in texts], device=self.device)
         ctc_logits, ctc_lengths_B = self._read(batch, training=training)
-        ctc = ctc_loss(ctc_logits, ctc_lengths_B, text_BM, lengths_B, blank=BLANK)
-        states_BUD = pad_sequence([lesson.states for lesson in batch], batch_first=True).to(self.device)
+        spelt = [self._in_pieces(lesson.tokens) for lesson in batch]
+        spelt_BM = pad_sequence(spelt, batch_first=True).to(self.device)
+        spelt_lengths_B = torch.tensor([len(text) for text in spelt], device=self.device)
+        ctc = ctc_loss(ctc_logits, ctc_lengths_B, spelt_BM, spelt_lengths_B, blank=BLANK)
+        states_BUD = pad_sequence([lesson.states for lesson in batch], batch_first=True).to(self.device, self.dtype)
         # at the last place head 1 says end-of-text, and no head has anything to learn
         next_BUD = F.embedding(F.pad(text_BM, (0, 1), value=self.end), self.unembedding_CD)
         further = self.heads.mtp_heads.training_logits(states_BUD, next_BUD, self._unembed)  # type: ignore[arg-type]
@@ -256,11 +279,15 @@ class Fitting:
         return ctc + mtp, figures
 
     def _read(self, batch: Sequence[Lesson], *, training: bool) -> tuple[Tensor, Tensor]:
-        """CTC logits (B, T', C) of lessons, and their lengths (B,)."""
-        frames_BTD = pad_sequence([lesson.frames for lesson in batch], batch_first=True).to(self.device)
+        """CTC logits (B, T', P) of lessons, and their lengths (B,)."""
+        frames_BTD = pad_sequence([lesson.frames for lesson in batch], batch_first=True).to(self.device, self.dtype)
         lengths_B = torch.tensor([len(lesson.frames) for lesson in batch], device=self.device)
         frames_BTD = F.dropout(frames_BTD, self.config.dropout, training=training)
-        return self.heads.ctc_logits(frames_BTD, lengths_B, self.unembedding_CD)
+        return self.heads.ctc_logits(frames_BTD, lengths_B, self.unembedding_PD)
+
+    def _in_pieces(self, tokens: Tensor) -> Tensor:
+        """What CTC is to read: places behind the blank (M',)."""
+        return torch.tensor([1 + place for token in tokens.tolist() for place in self.pieces.split(token)]).long()
 
     def _unembed(self, states: Tensor) -> Tensor:
         return F.linear(states, self.unembedding_CD)
@@ -280,7 +307,7 @@ class Fitting:
             sums = {name: sums.get(name, 0.0) + float(value) / len(batches) for name, value in figures.items()}
             logits_BTC, lengths_B = self._read([self.lessons.lesson(name) for name in names], training=False)
             for row in greedy_ctc(logits_BTC, lengths_B, blank=BLANK):
-                read.append(self.processor.decode_text([self.tokens[token] for token in row]))
+                read.append(self.processor.decode_text([self.pieces.ids[place - 1] for place in row]))
             written += [self.processor.decode_text(self.lessons.tokens(name).tolist()) for name in names]
         if not any(map(NORMALIZER, written)):
             return sums
