@@ -45,6 +45,30 @@ def test_passages_are_whole_sentences_of_bounded_length():
     assert passages([PROSE] * 20, max_chars=90, seed=3) != passages([PROSE] * 20, max_chars=90, seed=4)
 
 
+def test_other_languages_keep_their_letters():
+    prose = ["Żółta łódź odpłynęła. Es waren 12 Schüler, über alles. Où êtes-vous, mon œil ?"]
+    found = passages(prose, min_chars=12, max_chars=30, language="pl")
+    assert sorted(found) == ["Où êtes-vous, mon œil ?", "Żółta łódź odpłynęła."]
+    assert "Ou etes-vous, mon oeil?" in passages(prose, min_chars=12, max_chars=30)
+
+
+def test_another_language_has_the_voices_that_speak_it():
+    utterances = plan([f"text {n}" for n in range(300)], {"espeak-ng": 1.0}, seed=1, language="de")
+    assert {utterance.voice for utterance in utterances} == {"de" + each for each in synthesis.ESPEAK_VARIANTS}
+    assert utterances[0].id == "syn-de-1-0000000"
+    with pytest.raises(ValueError, match=r"flite, hibari cannot speak 'de': choose of espeak-ng"):
+        plan(["text"], {"espeak-ng": 1.0, "hibari": 1.0, "flite": 1.0}, seed=1, language="de")
+
+
+@needs("espeak-ng")
+def test_another_language_is_spoken_and_said_so(tmp_path):
+    texts = ["Über sieben Brücken musst du gehen.", "Sieben dunkle Jahre überstehen."]
+    with pytest.raises(ValueError, match="the text is too short"):
+        synthesize(texts, tmp_path, hours=1, engines={"espeak-ng": 1.0}, language="de", num_workers=1)
+    lines = [json.loads(line) for line in (tmp_path / "manifest.jsonl").read_text().splitlines()]
+    assert [(line["text"], line["language"]) for line in lines] == [(text, "de") for text in texts]
+
+
 def test_paragraphs_from_plain_and_compressed_files(tmp_path):
     (tmp_path / "a.txt").write_text("one\n two \n", encoding="utf-8")
     with lzma.open(tmp_path / "a.txt.xz", "wt") as file:

@@ -49,9 +49,9 @@ def tidy(text: str) -> str:
     return re.sub(r"\s+", " ", text).strip()
 
 
-def speakable(text: str) -> bool:
-    """Whether tidied `text` holds only letters and written punctuation: a voice says it as it is spelled."""
-    return re.fullmatch(r"[A-Za-z ,.?!'-]+", text) is not None
+def speakable(text: str, *, ascii: bool = True) -> bool:
+    """Whether `text` holds only letters (ASCII alone, or any) and written punctuation, and is said as it is spelled."""
+    return re.fullmatch(r"(?:[^\W\d_]|[ ,.?!'-])+", text, re.ASCII if ascii else 0) is not None
 
 
 def ends_sentence(text: str) -> bool:

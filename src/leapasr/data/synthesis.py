@@ -25,8 +25,11 @@ from leapasr.audio import SAMPLE_RATE, read_audio, resample
 from leapasr.text import sentences, speakable, tidy
 
 SHARD = 200  # utterances a worker speaks before it reports
+ENGLISH = "en"
 ESPEAK_VOICES = ("en-us", "en-gb", "en-gb-scotland", "en-gb-x-rp", "en-029")
+ESPEAK_VARIANTS = ("", "+m1", "+m3", "+m4", "+m7", "+f1", "+f2", "+f3", "+f4")  # of another language's one voice
 FLITE_VOICES = ("slt", "rms", "awb", "kal16")
+ENGLISH_SHARES = "hibari:0.9,espeak-ng:0.04,flite:0.06"
 
 
 @dataclass(frozen=True)
@@ -60,16 +63,20 @@ def read_paragraphs(path: Path) -> Iterator[str]:
         yield from (line.strip() for line in lines)
 
 
-def passages(paragraphs: Iterable[str], *, min_chars: int = 12, max_chars: int = 230, seed: int = 0) -> list[str]:
+def passages(
+    paragraphs: Iterable[str], *, min_chars: int = 12, max_chars: int = 230, seed: int = 0, language: str = ENGLISH
+) -> list[str]:
     """Cut prose into passages of one or a few sentences that a voice can say in about 1 to 16 seconds.
 
     Passage lengths are spread evenly over the range; a longer sentence is cut behind a comma. Passages with
-    digits or symbols are left out. The order is shuffled with `seed`.
+    digits or symbols are left out. The order is shuffled with `seed`. English is tidied (`tidy`); other languages are
+    left as they are written.
     """
+    is_english = language == ENGLISH
     rng = random.Random(seed)
     result: list[str] = []
     for paragraph in paragraphs:
-        paragraph = tidy(paragraph)
+        paragraph = tidy(paragraph) if is_english else paragraph
         pending, target = "", rng.randint(min_chars, max_chars)
         for sentence in sentences(paragraph):
             while len(sentence) > max_chars and ", " in sentence[:max_chars]:
@@ -81,24 +88,33 @@ def passages(paragraphs: Iterable[str], *, min_chars: int = 12, max_chars: int =
                 pending, target = "", rng.randint(min_chars, max_chars)
             pending = f"{pending} {sentence}".strip()
         result.append(pending)
-    result = [text for text in result if min_chars <= len(text) <= max_chars and speakable(text)]
+    result = [text for text in result if min_chars <= len(text) <= max_chars and speakable(text, ascii=is_english)]
     rng.shuffle(result)
     return result
 
 
-def plan(texts: list[str], engines: dict[str, float], seed: int) -> list[Utterance]:
-    """Give every text a voice and a speed. `engines` maps engine name to its share."""
+def plan(texts: list[str], engines: dict[str, float], seed: int, *, language: str = ENGLISH) -> list[Utterance]:
+    """Give every text a voice and a speed. `engines` maps engine name to its share.
+
+    Raises:
+        ValueError: an engine does not speak the language.
+    """
+    voices: dict[str, tuple[str, ...]] = {"hibari": ("heart",), "espeak-ng": ESPEAK_VOICES, "flite": FLITE_VOICES}
+    if language != ENGLISH:
+        voices = {"espeak-ng": tuple(language + variant for variant in ESPEAK_VARIANTS)}
+    if strange := sorted(engines.keys() - voices.keys()):
+        raise ValueError(f"{', '.join(strange)} cannot speak {language!r}: choose of {', '.join(voices)}")
+    prefix = f"syn-{seed}" if language == ENGLISH else f"syn-{language}-{seed}"
     utterances = []
     for index, text in enumerate(texts):
         rng = random.Random(f"{seed}/{index}")
         engine = rng.choices(list(engines), weights=list(engines.values()))[0]
-        voice = {"hibari": ("heart",), "espeak-ng": ESPEAK_VOICES, "flite": FLITE_VOICES}[engine]
         utterances.append(
             Utterance(
-                id=f"syn-{seed}-{index:07d}",
+                id=f"{prefix}-{index:07d}",
                 text=text,
                 engine=engine,
-                voice=rng.choice(voice),
+                voice=rng.choice(voices[engine]),
                 speed=round(rng.uniform(0.85, 1.25), 2),
                 seed=index,
             )
@@ -137,7 +153,7 @@ def speak(utterance: Utterance) -> np.ndarray:
         return read_audio(wav.name)
 
 
-def _speak_shard(shard: list[Utterance], output: Path) -> list[dict]:
+def _speak_shard(shard: list[Utterance], output: Path, language: str) -> list[dict]:
     import soundfile
 
     lines = []
@@ -155,7 +171,7 @@ def _speak_shard(shard: list[Utterance], output: Path) -> list[dict]:
                 "duration": round(len(samples) / SAMPLE_RATE, 3),
                 "text": utterance.text,
                 "speaker": f"{utterance.engine}-{utterance.voice}",
-                "language": "en",
+                "language": language,
                 "corpus": "synthetic",
                 "use": "train",
             }
@@ -179,6 +195,7 @@ def synthesize(
     hours: float,
     engines: dict[str, float],
     seed: int = 0,
+    language: str = ENGLISH,
     num_workers: int = 2,
     progress=None,
 ) -> Path:
@@ -188,7 +205,8 @@ def synthesize(
     `progress`, if given, is called with the seconds of audio so far.
 
     Raises:
-        ValueError: an engine is not installed, or no text is left before `hours` are reached.
+        ValueError: an engine is not installed or does not speak `language` (a code), or no text is left before `hours`
+            are reached.
     """
     missing = set(engines) - set(installed_engines())
     if missing:
@@ -198,11 +216,12 @@ def synthesize(
     spoken = _lines_of(manifest) if manifest.exists() else []
     done_ids = {line["id"] for line in spoken}
     seconds = sum(line["duration"] for line in spoken)
-    todo = [utterance for utterance in plan(texts, engines, seed) if utterance.id not in done_ids]
+    todo = [utterance for utterance in plan(texts, engines, seed, language=language) if utterance.id not in done_ids]
     shards = iter([todo[start : start + SHARD] for start in range(0, len(todo), SHARD)])
     with ProcessPoolExecutor(num_workers) as pool, manifest.open("a") as out:
         running = {
-            pool.submit(_speak_shard, shard, output) for shard, _ in zip(shards, range(num_workers + 1), strict=False)
+            pool.submit(_speak_shard, shard, output, language)
+            for shard, _ in zip(shards, range(num_workers + 1), strict=False)
         }
         while running:
             for future in as_completed(running):
@@ -214,7 +233,7 @@ def synthesize(
                 if progress:
                     progress(seconds)
                 if seconds < hours * 3600 and (shard := next(shards, None)):
-                    running.add(pool.submit(_speak_shard, shard, output))
+                    running.add(pool.submit(_speak_shard, shard, output, language))
                 break
     if seconds < hours * 3600:
         raise ValueError(f"only {seconds / 3600:.2f} of {hours} hours could be spoken: the text is too short")
