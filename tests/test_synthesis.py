@@ -62,7 +62,7 @@ def test_another_language_has_the_voices_that_speak_it():
 
 @needs("espeak-ng")
 def test_another_language_is_spoken_and_said_so(tmp_path):
-    texts = ["Über sieben Brücken musst du gehen.", "Sieben dunkle Jahre überstehen."]
+    texts = ["Über sieben Brücken musst du gehen.", "- Sieben dunkle Jahre überstehen."]
     with pytest.raises(ValueError, match="the text is too short"):
         synthesize(texts, tmp_path, hours=1, engines={"espeak-ng": 1.0}, language="de", num_workers=1)
     lines = [json.loads(line) for line in (tmp_path / "manifest.jsonl").read_text().splitlines()]
