@@ -2,18 +2,23 @@ r"""Whispers with heads fitted to them beside their own `generate`, and beside f
 
     python experiments/existing_models.py --speech SPEECH --model tiny.en=FOLDER --model base=FOLDER \
         [--adapter base=FOLDER] [--peer tiny.en=CT2FOLDER --peer base=CT2FOLDER]
+    python experiments/existing_models.py --speech SPEECH --model tiny.en=FOLDER --fits FITS [--updates 600]
 
 SPEECH holds librispeech, commonvoice_en, commonvoice_ml and kerstin_de, with a manifest.jsonl each. Every utterance of
 a test set is decoded for the words and the calls; `--timed` of them, spread evenly, are timed. A row is written when it
 is done, and is not measured again: delete it from the JSON file, or the file, to have it anew. The tables go behind the
 mark in docs/existing-models.md.
+
+With `--fits` heads of several kinds are fitted to the first model, in the folder FITS, on LibriSpeech's part for
+training, and compared on utterances of its part for development.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +31,8 @@ from leapasr.evaluation.bench import BenchRow, Utterances, bench
 from leapasr.evaluation.evaluate import evaluate, reference_of, samples_of
 from leapasr.evaluation.peers import FasterWhisper
 from leapasr.evaluation.systems import GenerateWhisper, Leapasr, System, Whisper
+from leapasr.training.distillation import GROUP
+from leapasr.training.fit import FitConfig, fit
 from leapasr.transcriber import load
 from leapasr.whisper_transcriber import WhisperOptions, WhisperTranscriber
 
@@ -124,8 +131,81 @@ def measured(
     return row
 
 
-def tables(rows: Sequence[Mapping]) -> list[str]:
+@dataclass(frozen=True)
+class Fit:
+    """Heads to compare: what of the plain fit is changed, and how many recordings of LibriSpeech it learns from."""
+
+    name: str
+    changes: Mapping[str, object]
+    recordings: int | None = None  # whole groups of lessons, so that they are those of the whole
+
+
+FITS = [
+    Fit("as by default", {}),
+    Fit("latent", {"head_type": "latent"}),
+    Fit("residual", {"head_type": "residual"}),
+    Fit("K = 3", {"num_heads": 3}),
+    Fit("K = 8", {"num_heads": 8}),
+    Fit("1.1 hours", {}, 5 * GROUP),
+    Fit("3.3 hours", {}, 15 * GROUP),
+]
+
+
+def fitted(one: Fit, model: str, speech: Path, home: Path, updates: int) -> Path:
+    """The folder of a fit's heads; an interrupted fit goes on."""
+    folder = home / one.name.replace(" ", "")
+    if (folder / "heads.json").exists():
+        return folder
+    corpus = speech / "librispeech"
+    lines = [
+        line for line in (corpus / "manifest.jsonl").read_text().splitlines() if json.loads(line)["use"] == "train"
+    ]
+    manifest = corpus / "manifest.jsonl"
+    if one.recordings is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        manifest = folder / "part.jsonl"
+        part = [json.loads(line) for line in lines[: one.recordings]]
+        manifest.write_text(
+            "".join(json.dumps({**each, "audio": str((corpus / each["audio"]).resolve())}) + "\n" for each in part)
+        )
+
+    @contextmanager
+    def progress(description: str, total: int) -> Iterator[Callable[[int], None]]:
+        yield lambda amount: None
+
+    config = FitConfig(**{"updates": updates, **one.changes})
+    return fit(model, [manifest], folder, config, cache=home / "lessons", progress=progress, complain=print)
+
+
+def compared(one: Fit, model: str, speech: Path, home: Path, updates: int, limit: int) -> dict[str, object]:
+    """A fit's row: what it is, and its calls on utterances for development."""
+    folder = fitted(one, model, speech, home, updates)
+    transcriber = load(model, adapter=folder)
+    assert isinstance(transcriber, WhisperTranscriber)
+    cuts = spread(list(read_manifest(speech / "librispeech" / "manifest.jsonl", use="dev").cuts), limit)
+    reports = evaluate(transcriber, cuts, [AUTOREGRESSIVE, *STRATEGIES.values()], batch_size=8)
+    assert transcriber.heads is not None
+    log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {
+        "name": one.name,
+        "num_heads": transcriber.heads.config.num_heads,
+        "head_type": transcriber.heads.config.head_type,
+        "hours": transcriber.heads.config.fitted_hours,
+        "updates": transcriber.heads.config.updates,
+        "megabytes": sum(path.stat().st_size for path in folder.glob("heads.*")) / 1e6,
+        "accuracies": [log[-1][f"dev_accuracy_{k}"] for k in range(2, transcriber.heads.config.num_heads + 1)],
+        "ctc_wer": reports[0].ctc_wer,
+        "num_utterances": len(cuts),
+        **{
+            f"call_reduction_{name}": report.call_reduction
+            for name, report in zip(("autoregressive", *STRATEGIES), reports, strict=True)
+        },
+    }
+
+
+def tables(known: Mapping[str, Sequence[Mapping]]) -> list[str]:
     """Markdown of all rows."""
+    rows = known["rows"]
     page = [
         "",
         "| model | test set | utterances | as `generate` % | WER % (95% interval) | calls: mtp | ctc | both | target |",
@@ -150,15 +230,28 @@ def tables(rows: Sequence[Mapping]) -> list[str]:
             parts = [each["encoder_seconds"], each["decoder_seconds"], each["decoder_speedup"], each["speedup"]]
             shown = " | ".join("" if part is None else f"{part:.2f}" for part in parts)
             page.append(f"| {row['model']} | {row['test_set']} | {each['system']} | {each['batch_size']} | {shown} |")
+    if known["fits"]:
+        page += [
+            "",
+            "| fit | K | heads | hours | MB | right guesses of heads 2 to K % | CTC WER % | calls: mtp | ctc | both |",
+            "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        ]
+    for row in known["fits"]:
+        right = " ".join(f"{100 * accuracy:.0f}" for accuracy in row["accuracies"])
+        fewer = " | ".join(f"{row[f'call_reduction_{name}']:.2f}x" for name in STRATEGIES)
+        page.append(
+            f"| {row['name']} | {row['num_heads']} | {row['head_type']} | {row['hours']:.1f} | {row['megabytes']:.1f} "
+            f"| {right} | {100 * row['ctc_wer']:.1f} | {fewer} |"
+        )
     return page
 
 
-def write(rows: Sequence[Mapping], folder: Path) -> None:
+def write(known: Mapping[str, Sequence[Mapping]], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "existing-models.json").write_text(json.dumps(list(rows), indent=1) + "\n")
+    (folder / "existing-models.json").write_text(json.dumps(known, indent=1) + "\n")
     page = folder / "existing-models.md"
     before = page.read_text().split(MARK)[0] if page.exists() else "# Make your model faster\n\n"
-    page.write_text(before + MARK + "\n" + "\n".join(tables(rows)) + "\n")
+    page.write_text(before + MARK + "\n" + "\n".join(tables(known)) + "\n")
 
 
 def main() -> None:
@@ -174,22 +267,34 @@ def main() -> None:
     parser.add_argument("--timed", type=int, default=40, help="so many of them are timed")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batch-size", type=int, default=8, help="for the words")
+    parser.add_argument("--fits", type=Path, help="folder of fits to compare, and of their lessons")
+    parser.add_argument("--updates", type=int, default=600, help="of each of these fits")
     parser.add_argument("--output", type=Path, default=Path("docs"))
     arguments = parser.parse_args()
     folders = {
         kind: dict(pair.split("=", 1) for pair in getattr(arguments, kind)) for kind in ("model", "adapter", "peer")
     }
-    known = arguments.output / "existing-models.json"
-    rows = json.loads(known.read_text()) if known.exists() else []
+    file = arguments.output / "existing-models.json"
+    known = json.loads(file.read_text()) if file.exists() else {"rows": [], "fits": []}
+    if arguments.fits:
+        model = next(iter(folders["model"].values()))
+        for one in FITS:
+            if any(row["name"] == one.name for row in known["fits"]):
+                continue
+            print(one.name, flush=True)
+            limit = arguments.limit or 100
+            known["fits"].append(compared(one, model, arguments.speech, arguments.fits, arguments.updates, limit))
+            write(known, arguments.output)
+        return
     for model in folders["model"]:
         for test_set in ENGLISH if model.endswith(".en") else ENGLISH + OTHERS:
-            if any((row["model"], row["test_set"]) == (model, test_set.name) for row in rows):
+            if any((row["model"], row["test_set"]) == (model, test_set.name) for row in known["rows"]):
                 continue
             cuts = test_set.cuts(arguments.speech, arguments.limit)
             print(model, test_set.name, len(cuts), flush=True)
-            rows.append(measured(model, test_set, cuts, folders, arguments=arguments))
-            write(rows, arguments.output)
-    write(rows, arguments.output)
+            known["rows"].append(measured(model, test_set, cuts, folders, arguments=arguments))
+            write(known, arguments.output)
+    write(known, arguments.output)
 
 
 if __name__ == "__main__":

@@ -201,7 +201,7 @@ def test_the_command_line_fits_tells_and_transcribes(folder, audio, tmp_path):
     ])  # fmt: skip
     assert fitted.exit_code == 0, fitted.output
     told = runner.invoke(app, ["info", str(folder), "--adapter", heads])
-    assert "residual, fitted to" in told.output
+    assert "sequential, fitted to" in told.output
     written = {}
     for name, further in (("fitted", ["--adapter", heads]), ("plain", [])):
         result = runner.invoke(

@@ -1,5 +1,6 @@
 """Speech LLMs of transformers, tiny and with random weights, in the decoding loop beside their own `generate`."""
 
+import copy
 import random
 
 import pytest
@@ -119,7 +120,7 @@ def case(request):
 
 def decoder_of(model) -> SpeechLLMDecoder:
     torch.manual_seed(4)
-    return SpeechLLMDecoder(model, new_heads("residual", 4, 32, V).double().requires_grad_(False))
+    return SpeechLLMDecoder(model, new_heads("residual", 4, 32, V).to(model.dtype).requires_grad_(False))
 
 
 def generated(model, inputs) -> list[list[int]]:
@@ -128,10 +129,13 @@ def generated(model, inputs) -> list[list[int]]:
     return [row[: row.index(EOS)] if EOS in row else row for row in rows]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("num_rows", range(1, 8))
-def test_greedy_decoding_writes_what_generate_writes(case, num_rows):
+def test_greedy_decoding_writes_what_generate_writes(case, num_rows, dtype):
     model, inputs = case
-    decoder, given = decoder_of(model), inputs(num_rows)
+    model = copy.deepcopy(model).to(dtype)
+    decoder = decoder_of(model)
+    given = {name: value.to(dtype) if value.is_floating_point() else value for name, value in inputs(num_rows).items()}
     prompts, expected = decoder.prompts(**given), generated(model, given)
     for options in (AUTOREGRESSIVE, VERIFY):
         results = decode(decoder, prompts, options, max_tokens=[MOST] * num_rows)

@@ -608,7 +608,7 @@ def fit(
     heads: Annotated[int, typer.Option(min=2, help="Heads, head 1 included, which is the model's own.")] = 5,
     head_type: Annotated[
         Literal["latent", "residual", "sequential"], typer.Option(help="What heads 2 to K are.")
-    ] = "residual",
+    ] = "sequential",
     adapter_size: Annotated[int, typer.Option(min=4, help="Width of what reads the encoder for CTC.")] = 256,
     adapter_layers: Annotated[int, typer.Option(min=1, help="Its layers.")] = 2,
     updates: Annotated[int, typer.Option(min=1, help="Updates of training.")] = 3000,

@@ -141,7 +141,7 @@ def speak(utterance: Utterance) -> np.ndarray:
         if utterance.engine == "espeak-ng":
             rng = random.Random(utterance.seed)
             command = ["espeak-ng", "-v", utterance.voice, "-s", str(int(165 * utterance.speed))]
-            command += ["-p", str(rng.randint(20, 80)), "-w", wav.name, "--", utterance.text]  # a text may begin with a dash
+            command += ["-p", str(rng.randint(20, 80)), "-w", wav.name, "--", utterance.text]  # "- Ja" is a text
         elif utterance.engine == "flite":
             command = ["flite", "-voice", utterance.voice, "--setf", f"duration_stretch={1 / utterance.speed:.2f}"]
             command += ["-t", utterance.text, "-o", wav.name]

@@ -59,7 +59,7 @@ class FittedHeadsConfig:
     num_tokens: int
     num_pieces: int = 512
     num_heads: int = 4
-    head_type: str = "residual"
+    head_type: str = "sequential"
     encoder_stacking: int = 2
     adapter_size: int = 256
     adapter_layers: int = 2

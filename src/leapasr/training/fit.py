@@ -64,7 +64,7 @@ class FitConfig:
     """
 
     num_heads: int = 5
-    head_type: str = "residual"
+    head_type: str = "sequential"
     adapter_size: int = 256
     adapter_layers: int = 2
     draft_vocabulary: int = 8192
