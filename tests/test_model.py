@@ -239,6 +239,28 @@ def test_encoder_rows_equal_alone(encoder):
             torch.testing.assert_close(frames[row, :alone_length], alone[0])
 
 
+@pytest.mark.parametrize("ctc_positions", [False, True])
+def test_without_gradients_a_row_is_encoded_by_itself_and_as_with_them(ctc_positions):
+    torch.manual_seed(3)
+    model = scattered(SpeechLlamaForConditionalGeneration(tiny_config(ctc_positions=ctc_positions))).double().eval()
+    features, _, _ = inputs(model, num_rows=4, dtype=torch.float64)
+    features = torch.cat([features, features[:, :30]], 1)  # what lies behind a row's end is not zero
+    lengths = torch.tensor([61, 35, 120, 8])
+    together = model.encode(features, lengths)
+    with torch.no_grad():
+        apart = model.encode(features, lengths)
+        for row, length in enumerate(lengths.tolist()):
+            alone = model.encode(features[row : row + 1, :length], lengths[row : row + 1])
+            T, L = int(alone.ctc_lengths_B), int(alone.lengths_B)
+            assert (T, L) == (apart.ctc_lengths_B[row], apart.lengths_B[row])
+            assert torch.equal(alone.ctc_logits_BTV[0, :T], apart.ctc_logits_BTV[row, :T])
+            assert torch.equal(alone.embeddings_BLD[0, :L], apart.embeddings_BLD[row, :L])
+            torch.testing.assert_close(together.ctc_logits_BTV[row, :T], apart.ctc_logits_BTV[row, :T])
+            torch.testing.assert_close(together.embeddings_BLD[row, :L], apart.embeddings_BLD[row, :L])
+            assert torch.equal(together.positions_BL[row, :L], apart.positions_BL[row, :L])
+    assert torch.equal(together.ctc_lengths_B, apart.ctc_lengths_B)
+
+
 def test_average_pairs_against_a_loop():
     frames = torch.randn(3, 7, 4, dtype=torch.float64)
     averaged, lengths = average_pairs(frames, torch.tensor([7, 4, 1]))

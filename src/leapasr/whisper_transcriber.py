@@ -208,10 +208,12 @@ class WhisperTranscriber(Transcriber):
         return replace(batch, seconds=timer.seconds)
 
     def _frames(self, features: Sequence[Tensor]) -> Tensor:
-        """The encoder's frames (B, T, D) of windows of features (T', F)."""
+        """The encoder's frames (B, T, D) of windows of features (T', F); on a CPU one alone keeps the cores busy."""
         encoder = self.model.model.encoder
         features_BFT = torch.stack(list(features)).transpose(1, 2).to(self.model.device, encoder.conv1.weight.dtype)
-        return encoder(features_BFT).last_hidden_state.to(self.decoder.dtype)
+        at_once = 1 if self.model.device.type == "cpu" else len(features)
+        heard = [encoder(some_BFT).last_hidden_state for some_BFT in features_BFT.split(at_once)]
+        return torch.cat(heard).to(self.decoder.dtype)
 
     def _languages(self, chunks: Sequence[Chunk], frames_BTD: Tensor) -> list[str | None]:
         """The code of each chunk's language: asked for, else detected."""

@@ -11,7 +11,7 @@ V vocabulary, F mel bins.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, Cache, DynamicCache, PreTrainedModel
 from transformers.utils import cached_file
 
@@ -29,7 +30,7 @@ from leapasr.model.adapter import Adapter, SharedCTCHead, SpeechProjection, stac
 from leapasr.model.checkpoints import CheckpointError
 from leapasr.model.configuration import SpeechLlamaConfig
 from leapasr.model.draft_layers import build_draft_layers, leave_out_feed_forward, read_hidden
-from leapasr.model.encoders import attention_bias, build_encoder, padding_mask
+from leapasr.model.encoders import FEATURE_RATE, attention_bias, build_encoder, padding_mask
 from leapasr.model.mtp_heads import build_heads
 from leapasr.model.precision import cast
 
@@ -85,6 +86,11 @@ def join_rows(
     )
     both = torch.cat([first_BLD, second_BUD], 1)
     return both.gather(1, index_BP[..., None].expand(-1, -1, both.shape[-1])), index_BP
+
+
+def _stack(rows: Sequence[Tensor], lengths_B: Tensor) -> Tensor:
+    """Rows (1, T, ...), of which so many places are real, in one tensor (B, max(lengths), ...), zeros behind them."""
+    return pad_sequence([row[0, :length] for row, length in zip(rows, lengths_B, strict=True)], batch_first=True)
 
 
 def join_positions(positions_BL: Tensor, lengths_B: Tensor, size: int) -> Tensor:
@@ -251,7 +257,29 @@ class SpeechLlamaForConditionalGeneration(PreTrainedModel):
                 parameter.register_hook(partial(torch.Tensor.index_fill, dim=dimension, index=index, value=0))
 
     def encode(self, input_features: Tensor, feature_lengths: Tensor) -> SpeechEncoding:
-        """Encode log-mel features (B, T, F) with valid lengths (B,); rows do not see each other's padding."""
+        """Encode log-mel features (B, T, F) with valid lengths (B,); rows do not see each other's padding.
+
+        On a CPU each row is encoded by itself, padded to a whole second, unless gradients are asked for: a row alone
+        keeps the cores busy, padding would cost as much as speech, and oneDNN builds its kernels for each length anew.
+        """
+        if self.device.type != "cpu" or torch.is_grad_enabled():
+            return self._encode(input_features, feature_lengths)
+        rows = []
+        for features_TF, length in zip(input_features, feature_lengths.tolist(), strict=True):
+            size = min(-(-length // FEATURE_RATE) * FEATURE_RATE, max(length, self.encoder.max_feature_frames))
+            padded_TF = nn.functional.pad(features_TF[:length], (0, 0, 0, size - length))
+            rows.append(self._encode(padded_TF[None], feature_lengths.new_tensor([length])))
+        ctc_lengths_B = torch.cat([row.ctc_lengths_B for row in rows])
+        lengths_B = torch.cat([row.lengths_B for row in rows])
+        return SpeechEncoding(
+            _stack([row.ctc_logits_BTV for row in rows], ctc_lengths_B),
+            ctc_lengths_B,
+            _stack([row.embeddings_BLD for row in rows], lengths_B),
+            lengths_B,
+            _stack([row.positions_BL for row in rows], lengths_B),
+        )
+
+    def _encode(self, input_features: Tensor, feature_lengths: Tensor) -> SpeechEncoding:
         frames, lengths_B = self.encoder(input_features.to(self.speech_dtype), feature_lengths)
         return self.encode_frames(frames, lengths_B)
 
