@@ -252,7 +252,7 @@ def test_without_gradients_a_row_is_encoded_by_itself_and_as_with_them(ctc_posit
         for row, length in enumerate(lengths.tolist()):
             alone = model.encode(features[row : row + 1, :length], lengths[row : row + 1])
             T, L = int(alone.ctc_lengths_B), int(alone.lengths_B)
-            assert (T, L) == (apart.ctc_lengths_B[row], apart.lengths_B[row])
+            assert (apart.ctc_lengths_B[row], apart.lengths_B[row]) == (T, L)
             assert torch.equal(alone.ctc_logits_BTV[0, :T], apart.ctc_logits_BTV[row, :T])
             assert torch.equal(alone.embeddings_BLD[0, :L], apart.embeddings_BLD[row, :L])
             torch.testing.assert_close(together.ctc_logits_BTV[row, :T], apart.ctc_logits_BTV[row, :T])

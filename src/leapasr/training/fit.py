@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
@@ -31,7 +32,7 @@ from leapasr.model.precision import cast
 from leapasr.model.whisper import fingerprint
 from leapasr.text import NORMALIZER
 from leapasr.training.distillation import Distillation, Lesson, find_recordings, seconds_of
-from leapasr.training.losses import ctc_loss, mtp_loss
+from leapasr.training.losses import IGNORED, ctc_loss, mtp_loss
 from leapasr.training.optimizer import MasterAdamW
 from leapasr.training.trainer import TrainingError, learning_rate, save_atomically
 from leapasr.whisper_transcriber import WhisperOptions, WhisperTranscriber, load_whisper
@@ -49,8 +50,9 @@ class FitConfig:
     Attributes:
         num_heads: K, head 1 included. head_type: of heads 2..K.
         adapter_size, adapter_layers: of what lies between the encoder and the CTC head.
-        draft_vocabulary: heads guess the tokens with the lowest ids, so many, which byte-level BPE found the most
-            frequent, and all tokens that the model wrote in fitting.
+        draft_vocabulary: heads guess so many tokens: those that the model wrote most often in fitting, and, where these
+            are fewer, those with the lowest ids, which byte-level BPE found the most frequent (FR-Spec: Zhao et al.,
+            arXiv 2502.14856).
         num_pieces: CTC reads as many pieces of tokens (`model.pieces`).
         updates: of all heads. batch_seconds: audio in an update, with padding.
         learning_rate: the peak, behind `warmup` updates; then it falls linearly.
@@ -67,7 +69,7 @@ class FitConfig:
     head_type: str = "sequential"
     adapter_size: int = 256
     adapter_layers: int = 2
-    draft_vocabulary: int = 8192
+    draft_vocabulary: int = 4096
     num_pieces: int = 512
     updates: int = 3000
     batch_seconds: float = 120.0
@@ -170,26 +172,26 @@ class Fitting:
         self.dev, self.train = [names[n] for n in order[:num_dev]], [names[n] for n in order[num_dev:]]
         self.tokens = self._draft_tokens(transcriber, names)
         self.end = self.tokens.index(min(transcriber.decoder.end_tokens))
-        self._places = torch.full((transcriber.decoder.vocab_size,), -1).scatter(
+        self._places = torch.full((transcriber.decoder.vocab_size,), IGNORED).scatter(
             0, torch.tensor(self.tokens), torch.arange(len(self.tokens))
         )
         self.pieces = Pieces(self.processor.tokenizer, config.num_pieces)
         model = transcriber.model
         self.dtype = config.dtype
-        self.unembedding_CD = model.proj_out.weight.detach()[self.tokens].to(self.dtype)
+        self.unembedding_VD = model.proj_out.weight.detach().to(self.dtype)
+        self.unembedding_CD = self.unembedding_VD[self.tokens]
         self.unembedding_PD = rows_of_pieces(model.proj_out.weight, self.pieces).to(self.dtype)
         self.lm_head, self.norm = model.proj_out, model.model.decoder.layer_norm
         self.encoder_size = model.config.d_model
         self.update = 0
 
     def _draft_tokens(self, transcriber: WhisperTranscriber, names: Sequence[str]) -> list[int]:
-        """Ids that heads guess."""
-        written: set[int] = set()
-        for name in names:
-            written |= set(self.lessons.tokens(name).tolist())
+        """Ids that heads guess, rising."""
         end, never = min(transcriber.decoder.end_tokens), transcriber.model.generation_config.suppress_tokens or ()
-        frequent = set(range(min(self.config.draft_vocabulary, end))) - set(never)
-        return sorted(frequent | written | {end})
+        counts = Counter(token for name in names for token in self.lessons.tokens(name).tolist())
+        known = {*range(end), *counts} - set(never)
+        by_worth = sorted(known, key=lambda token: (-counts[token], token))
+        return sorted({end, *by_worth[: self.config.draft_vocabulary]})
 
     def describe(self, model: str, weights: str, audio: Sequence[str]) -> None:
         """Build new heads for the model of this name and fingerprint, fitted on `audio`."""
@@ -256,7 +258,7 @@ class Fitting:
     def loss(self, names: Sequence[str], *, training: bool) -> tuple[Tensor, dict[str, Any]]:
         """Loss of all heads on lessons, and figures for the log: cross-entropies, and each head's accuracy."""
         batch = [self.lessons.lesson(name) for name in names]
-        texts = [self._places[lesson.tokens] for lesson in batch]
+        texts = [self._places[lesson.tokens] for lesson in batch]  # those that no head guesses are ignored
         text_BM = pad_sequence(texts, batch_first=True, padding_value=self.end).to(self.device)
         lengths_B = torch.tensor([len(text) for text in texts], device=self.device)
         ctc_logits, ctc_lengths_B = self._read(batch, training=training)
@@ -266,7 +268,8 @@ class Fitting:
         ctc = ctc_loss(ctc_logits, ctc_lengths_B, spelt_BM, spelt_lengths_B, blank=BLANK)
         states_BUD = pad_sequence([lesson.states for lesson in batch], batch_first=True).to(self.device, self.dtype)
         # at the last place head 1 says end-of-text, and no head has anything to learn
-        next_BUD = F.embedding(F.pad(text_BM, (0, 1), value=self.end), self.unembedding_CD)
+        next_BU = pad_sequence([F.pad(lesson.tokens, (0, 1)) for lesson in batch], batch_first=True).to(self.device)
+        next_BUD = F.embedding(next_BU, self.unembedding_VD)
         further = self.heads.mtp_heads.training_logits(states_BUD, next_BUD, self._unembed)  # type: ignore[arg-type]
         unused_BUC = further[0].new_zeros(further[0].shape)  # head 1 is the model's own
         weights = (0.0, *(0.8 ** (k - 2) for k in range(2, self.config.num_heads + 1)))
