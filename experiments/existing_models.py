@@ -157,14 +157,12 @@ def fitted(one: Fit, model: str, speech: Path, home: Path, updates: int) -> Path
     if (folder / "heads.json").exists():
         return folder
     corpus = speech / "librispeech"
-    lines = [
-        line for line in (corpus / "manifest.jsonl").read_text().splitlines() if json.loads(line)["use"] == "train"
-    ]
     manifest = corpus / "manifest.jsonl"
     if one.recordings is not None:
+        lines = [json.loads(line) for line in manifest.read_text().splitlines()]
+        part = [line for line in lines if line["use"] == "train"][: one.recordings]
         folder.mkdir(parents=True, exist_ok=True)
         manifest = folder / "part.jsonl"
-        part = [json.loads(line) for line in lines[: one.recordings]]
         manifest.write_text(
             "".join(json.dumps({**each, "audio": str((corpus / each["audio"]).resolve())}) + "\n" for each in part)
         )

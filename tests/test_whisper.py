@@ -570,6 +570,16 @@ def test_words_have_times(transcriber):
     assert all(0 <= word.start <= word.end <= 0.91 for word in result.words)
 
 
+def test_a_token_that_is_not_spelt_takes_no_time(transcriber):
+    batch = transcriber.encode(transcriber.cut([(0, speech(0.9, 3))]))
+    (done,) = transcriber.decode_each([batch], DecodingOptions(max_tokens=4))
+    special, text = transcriber.begin_tokens("de")[0], [8, 9, 10]
+    plain = transcriber.token_times(done, text)
+    assert len(plain) == 3
+    begin, end = (plain[0][0],) * 2, (plain[-1][1],) * 2
+    assert transcriber.token_times(done, [special, *text, special]) == [begin, *plain, end]
+
+
 def test_a_whisper_without_heads_says_one_token_a_call(folder, transcriber):
     plain = load(folder, whisper=WhisperOptions(language="de"))
     assert plain.decoder.num_heads == 1

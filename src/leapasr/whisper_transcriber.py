@@ -304,8 +304,11 @@ class WhisperTranscriber(Transcriber):
             end=chunk.end,
         )
         ends = list(accumulate(map(len, parts)))
-        spans = zip([0, *ends], ends, strict=False)
-        return [(times[first][0], times[stop - 1][1]) for first, stop in spans] if times else []
+        moments = [times[0][0], *(end for _, end in times)] if times else []  # of a token without pieces, by its place
+        return [
+            (times[first][0] if stop > first else moments[first], moments[stop])
+            for first, stop in zip([0, *ends], ends if times else (), strict=False)
+        ]
 
     # With timestamps
 

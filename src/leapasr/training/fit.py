@@ -180,7 +180,7 @@ class Fitting:
         self.dtype = config.dtype
         self.unembedding_VD = model.proj_out.weight.detach().to(self.dtype)
         self.unembedding_CD = self.unembedding_VD[self.tokens]
-        self.unembedding_PD = rows_of_pieces(model.proj_out.weight, self.pieces).to(self.dtype)
+        self.unembedding_PD = rows_of_pieces(self.unembedding_VD, self.pieces)
         self.lm_head, self.norm = model.proj_out, model.model.decoder.layer_norm
         self.encoder_size = model.config.d_model
         self.update = 0
@@ -223,8 +223,7 @@ class Fitting:
 
     def run(self, progress: Progress) -> None:
         """Train, and save the heads."""
-        optimizer = self.optimizer
-        self._resume(optimizer)
+        self._resume()
         saved_at = time.monotonic()
         batches = self._batches()
         with progress("fitting", self.config.updates) as advance, (self.output / "metrics.jsonl").open("a") as log:
@@ -233,7 +232,7 @@ class Fitting:
                 torch.manual_seed(self.config.seed + self.update)
                 loss, figures = self.loss(next(batches), training=True)
                 loss.backward()
-                norm = optimizer.step(learning_rate(self.config.stage, self.update), self.config.stage.max_norm)
+                norm = self.optimizer.step(learning_rate(self.config.stage, self.update), self.config.stage.max_norm)
                 if not math.isfinite(norm):
                     raise TrainingError(
                         f"update {self.update}: loss {loss.item():.4g}, gradient norm {norm}; lower the learning rate "
@@ -242,16 +241,16 @@ class Fitting:
                 self.update += 1
                 advance(1)
                 if self.update % self.config.eval_every == 0 or self.update == self.config.updates:
-                    with optimizer.averaged():
+                    with self.optimizer.averaged():
                         figures |= {f"dev_{name}": value for name, value in self.evaluate().items()}
                     values = {name: round(float(value), 4) for name, value in figures.items()}
                     log.write(json.dumps({"update": self.update, "time": time.time(), **values}) + "\n")
                     log.flush()
                 if time.monotonic() - saved_at > 60 * self.config.checkpoint_minutes:
-                    self._save(optimizer)
+                    self._save()
                     saved_at = time.monotonic()
         cast(self.heads, torch.float32)
-        with optimizer.averaged():
+        with self.optimizer.averaged():
             self.heads.save(self.output)
         self.checkpoint.unlink(missing_ok=True)
 
@@ -347,11 +346,11 @@ class Fitting:
     def checkpoint(self) -> Path:
         return self.output / "checkpoint.pt"
 
-    def _save(self, optimizer: MasterAdamW) -> None:
+    def _save(self) -> None:
         state = {"config": asdict(self.config), "tokens": self.tokens, "update": self.update}
-        save_atomically({**state, "optimizer": optimizer.state_dict()}, self.checkpoint)
+        save_atomically({**state, "optimizer": self.optimizer.state_dict()}, self.checkpoint)
 
-    def _resume(self, optimizer: MasterAdamW) -> None:
+    def _resume(self) -> None:
         """Go on from the checkpoint, if there is one.
 
         Raises:
@@ -366,5 +365,5 @@ class Fitting:
                 f"{self.checkpoint} is of a fit with other settings or audio: give those, another output folder, or "
                 "delete it"
             )
-        optimizer.load_state_dict(state["optimizer"])
+        self.optimizer.load_state_dict(state["optimizer"])
         self.update = state["update"]
