@@ -169,6 +169,18 @@ def test_rows_that_join_late(decoder, prompts, textbook):
     same([results[key] for key in order], textbook)
 
 
+def test_hypotheses_are_aligned_by_the_characters_of_their_tokens(decoder, prompts, textbook):
+    asked = set()
+
+    def spell(token):
+        asked.add(token)
+        return [token // 8, token % 8]
+
+    results = decode(decoder, prompts, BEAM, max_tokens=BOUNDS, spell=spell)
+    same(results, textbook)
+    assert asked >= {token for result in results for token in result.tokens[1:-1]}
+
+
 @pytest.mark.parametrize("num_steps", range(4))
 def test_rows_that_are_dropped_leave_the_others_what_they_get_alone(decoder, prompts, textbook, num_steps):
     """Their several lines in the cache go with them."""

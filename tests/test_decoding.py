@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, MistralConfig, Qwen3Config
 
 from leapasr.decoding import CausalLMDecoder, DecodingLoop, DecodingOptions, Prompts, SpeechLlamaDecoder, decode
-from leapasr.decoding.costs import NUM_MISTAKES
 from leapasr.decoding.drafts import CTCDrafter, Reading, build_drafter
 from leapasr.decoding.guards import guard_rows
+from leapasr.decoding.loop import NUM_MISTAKES
 from leapasr.decoding.reference import decode_reference, full_forward
-from leapasr.decoding.strategies import Threshold, Verification
+from leapasr.decoding.strategies import LEADING, Threshold, Verification
 from leapasr.decoding.trace import DraftToken, accept_length_histogram, accept_lengths
 
 V, EOS = 48, 2
@@ -172,7 +172,7 @@ def test_a_reading_with_one_mistake_costs_two_calls(decoder, prompts, references
     assert rows
     for row in rows:
         tokens = list(references[row].tokens)
-        tokens[2] = next(token for token in range(3, V) if token not in tokens)
+        tokens.insert(2, next(token for token in range(3, V) if token not in tokens))
         drafter = build_drafter(options, Reading(tokens, [0.9] * len(tokens)), end_token=EOS)
         result = decode(decoder, take(prompts, [row]), options, max_tokens=[MAX_TOKENS], drafters=[drafter])[0]
         assert outcome(result) == outcome(references[row])
@@ -302,22 +302,26 @@ class RecordingDrafter(ScriptedDrafter):
 
 @pytest.mark.parametrize("head_type", ["latent", "sequential"])
 @pytest.mark.parametrize("kind", ["right", "mixed"])
-def test_heads_guess_from_the_last_accepted_position(build_tiny_model, head_type, kind):
+@pytest.mark.parametrize(("drafts", "num_guesses"), [("mtp", 3), ("both", LEADING)])
+def test_heads_guess_from_the_last_accepted_position(build_tiny_model, head_type, kind, drafts, num_guesses):
     """What the heads guess in a ragged batch is what they guess from a full forward over the emitted tokens."""
     decoder, prompts = SpeechLlamaDecoder(build_tiny_model(head_type=head_type)), make_prompts(6)
-    references = decode_reference(decoder, prompts, VERIFY, max_tokens=[MAX_TOKENS] * 6)
+    options = replace(VERIFY, drafts=drafts)
+    references = decode_reference(decoder, prompts, options, max_tokens=[MAX_TOKENS] * 6)
     drafters = [RecordingDrafter(d.script, 3, d.corrupt) for d in scripted(references, kind)]
-    decode(decoder, prompts, VERIFY, max_tokens=[MAX_TOKENS] * 6, drafters=drafters)
+    decode(decoder, prompts, options, max_tokens=[MAX_TOKENS] * 6, drafters=drafters)
     assert sum(len(drafter.seen) for drafter in drafters) > 15
     for row, drafter in enumerate(drafters):
         assert drafter.seen.pop(0) == []
         for num_emitted, guesses in drafter.seen.items():
             tokens = torch.tensor([drafter.script[:num_emitted]])
             hidden_LD = full_hidden(decoder, prompts, row, drafter.script[: num_emitted - 1])
-            probabilities, ids = decoder.draft_logits(hidden_LD[-1:], tokens[0, -1:], 3).softmax(-1)[0].max(-1)
+            probabilities, ids = (
+                decoder.draft_logits(hidden_LD[-1:], tokens[0, -1:], num_guesses).softmax(-1)[0].max(-1)
+            )
             assert [guess.token for guess in guesses] == ids.tolist()
             assert [guess.probability for guess in guesses] == pytest.approx(probabilities.tolist(), abs=1e-5)
-            assert [guess.source for guess in guesses] == ["head2", "head3", "head4"]
+            assert [guess.source for guess in guesses] == ["head2", "head3", "head4"][:num_guesses]
 
 
 @pytest.mark.parametrize("kind", ["right", "mixed", "wrong", "end inside"])

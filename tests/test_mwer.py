@@ -249,6 +249,10 @@ class Words:
     class tokenizer:
         pad_token_id = 0
 
+        @staticmethod
+        def convert_ids_to_tokens(token):
+            return chr(97 + token)
+
     @staticmethod
     def decode_text(ids):
         return " ".join("x" + chr(97 + token // 26) + chr(97 + token % 26) + "x" for token in ids)
@@ -362,7 +366,7 @@ def test_what_is_left_of_two_hypotheses_after_cuts_is_listed_once(build_tiny_mod
     model = build_tiny_model()
     hypotheses = [Hypothesis([5, 6], -1.0, None), Hypothesis([7], -2.0, None), Hypothesis([5, 6], -3.0, "repetition")]
     result = DecodingResult([5, 6], 4, [], None, hypotheses)
-    monkeypatch.setattr(mwer, "search", lambda *_: [result] * 5)
+    monkeypatch.setattr(mwer, "search", lambda *_, **__: [result] * 5)
     found = hypothesize(model, Words, encode(model), batch_of(REFERENCES), nbest=3)
     assert found.listed_BN.tolist() == [[True, True, False]] * 5
     assert found.lengths_BN.tolist() == [[2, 1, 0]] * 5

@@ -12,6 +12,7 @@ import threading
 from collections import defaultdict, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, overload
@@ -32,6 +33,7 @@ from leapasr.decoding.ctc import greedy_ctc, read_ctc
 from leapasr.decoding.drafts import Drafter, Reading, build_drafter
 from leapasr.decoding.guards import MAX_TOKENS_AT_LEAST, MAX_TOKENS_PER_SECOND, token_bound
 from leapasr.decoding.interface import Decoder
+from leapasr.decoding.rejoin import Spelling, spelling
 from leapasr.decoding.rules import Rules
 from leapasr.model.argmax import argmax
 from leapasr.model.checkpoints import CheckpointError
@@ -463,14 +465,22 @@ class Transcriber:
         """
         costs = self.costs
         used = costs if options.draft_length_used == "worthwhile" else FREE
-        return RunningBatch(build_loop(self.decoder, options, costs=used, rules=self.rules), self.drafters)
+        loop = build_loop(self.decoder, options, costs=used, rules=self.rules, spell=self.spell)
+        return RunningBatch(loop, self.drafters)
 
     def drafters(self, batch: EncodedBatch, options: DecodingOptions) -> list[Drafter] | None:
         """A draft source for each chunk that starts from what CTC reads there; None if `options` have no use for it."""
         if not options.reads_ctc:
             return None
         end_token = min(self.decoder.end_tokens)
-        return [build_drafter(options, reading, end_token=end_token) for reading in self.read_ctc(batch)]
+        return [
+            build_drafter(options, reading, end_token=end_token, spell=self.spell) for reading in self.read_ctc(batch)
+        ]
+
+    @cached_property
+    def spell(self) -> Spelling:
+        """By what texts are aligned."""
+        return spelling(self.processor.tokenizer)
 
     def read_ctc(self, batch: EncodedBatch) -> list[Reading]:
         """What the CTC head reads in each chunk."""

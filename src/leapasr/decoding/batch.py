@@ -10,13 +10,19 @@ from leapasr.decoding.drafts import Drafter
 from leapasr.decoding.interface import Decoder, Prompts
 from leapasr.decoding.loop import DecodingLoop
 from leapasr.decoding.options import DecodingOptions, DecodingResult
+from leapasr.decoding.rejoin import Spelling, as_one
 from leapasr.decoding.rules import Rules
 
 
 def build_loop(
-    decoder: Decoder, options: DecodingOptions, *, costs: CallCosts = FREE, rules: Rules | None = None
+    decoder: Decoder,
+    options: DecodingOptions,
+    *,
+    costs: CallCosts = FREE,
+    rules: Rules | None = None,
+    spell: Spelling = as_one,
 ) -> DecodingLoop:
-    """The loop for `options`; arguments and errors as of `DecodingLoop`.
+    """The loop for `options`; arguments and errors as of `DecodingLoop` and `BeamLoop`.
 
     Raises:
         ValueError: rules are given for a beam search, which keeps none.
@@ -24,7 +30,7 @@ def build_loop(
     if options.strategy == "beam":
         if rules is not None:
             raise ValueError("strategy 'beam' keeps no rules such as Whisper's: choose another strategy")
-        return BeamLoop(decoder, options, costs=costs)
+        return BeamLoop(decoder, options, costs=costs, spell=spell)
     return DecodingLoop(decoder, options, costs=costs, rules=rules)
 
 
@@ -37,13 +43,14 @@ def decode(
     drafters: Sequence[Drafter] | None = None,
     costs: CallCosts = FREE,
     rules: Rules | None = None,
+    spell: Spelling = as_one,
 ) -> list[DecodingResult]:
-    """Decode a batch of prompts: a result for each, in their order. Arguments as in `DecodingLoop`.
+    """Decode a batch of prompts: a result for each, in their order. Arguments as of `build_loop`.
 
     Raises:
         ValueError: the options do not fit the decoder, or the arguments do not fit each other.
     """
-    loop = build_loop(decoder, options, costs=costs, rules=rules)
+    loop = build_loop(decoder, options, costs=costs, rules=rules, spell=spell)
     keys = loop.add(prompts, max_tokens=max_tokens, drafters=drafters)
     results: dict[int, DecodingResult] = {}
     while loop:

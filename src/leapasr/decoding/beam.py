@@ -34,7 +34,7 @@ from leapasr.decoding.guards import Guards
 from leapasr.decoding.interface import Decoder, Prompts
 from leapasr.decoding.loop import DecodingLoop, as_scores, best_tokens, by_heads
 from leapasr.decoding.options import DecodingOptions, DecodingResult, Hypothesis, Truncation
-from leapasr.decoding.rejoin import Rejoining
+from leapasr.decoding.rejoin import Rejoining, Spelling, as_one
 from leapasr.decoding.trace import DraftToken, TokenRecord
 
 LINES_PER_HYPOTHESIS = 2  # cache rows of one utterance in a call: the beam's own, and as many that it may need soon
@@ -247,13 +247,11 @@ def _known_path(node: _Node) -> Iterator[_Node]:
         yield node
 
 
-def _as_the_best(node: _Node, best: Sequence[_Node]) -> list[DraftToken]:
+def _as_the_best(node: _Node, best: Sequence[_Node], spell: Spelling) -> list[DraftToken]:
     """How the `best_path` of a search goes on behind `node`; nothing if it is `node`'s own."""
     told = best[1:]
-    rejoining = Rejoining([other.token for other in told])
+    rejoining = Rejoining([other.token for other in told], spell)
     rejoining.follow(node.tokens())
-    if rejoining.is_lost:
-        return []
     return [
         DraftToken(record.token, math.exp(record.log_probability or 0.0), "beam")
         for record in (other.record() for other in told[rejoining.place :])
@@ -271,11 +269,15 @@ def _num_common(one: Sequence[_Node], other: Sequence[_Node]) -> int:
 class BeamLoop(DecodingLoop):
     """A `DecodingLoop` whose rows are utterances with several hypotheses each; see the module's description.
 
-    Args, Raises: as of `DecodingLoop`; the options' strategy is ``beam``.
+    Args, Raises: as of `DecodingLoop`; the options' strategy is ``beam``, and `spell` gives the characters of a token,
+    by which hypotheses are aligned.
     """
 
-    def __init__(self, decoder: Decoder, options: DecodingOptions, *, costs: CallCosts = FREE):
+    def __init__(
+        self, decoder: Decoder, options: DecodingOptions, *, costs: CallCosts = FREE, spell: Spelling = as_one
+    ):
         super().__init__(decoder, options, costs=costs)
+        self.spell = spell
         assert options.beam_size_used is not None
         self.size = options.beam_size_used
         self.num_guesses = options.num_heads_used(decoder.num_heads) - 1
@@ -360,7 +362,7 @@ class BeamLoop(DecodingLoop):
         """How `node` may go on: as the best hypothesis does, or where that is no help, as the draft source says."""
         if self.options.threshold is not None:
             return []
-        draft = _as_the_best(node, best) or self._drafter(node).propose(node.tokens(), guesses)
+        draft = _as_the_best(node, best, self.spell) or self._drafter(node).propose(node.tokens(), guesses)
         nodes: list[_Node] = []
         for drafted in draft[: max(0, row.guards.max_tokens - 1 - node.depth)]:
             if drafted.token in self.decoder.end_tokens:

@@ -24,12 +24,12 @@ import torch
 
 from leapasr.decoding.cache import RaggedCache
 from leapasr.decoding.interface import Decoder, Prompts, Ways
+from leapasr.decoding.strategies import LEADING
 from leapasr.model.argmax import argmax
 
 NUM_ROWS, WIDTHS = (1, 8, 32), (1, 8, 32, 128)
 SLOTS = 128  # in the cache when a call is timed
-NUM_MISTAKES = 8  # of a draft, at which head 2 is asked
-CARRIED = 0.3  # of a drafted token's worth is left behind a mistake: the call that finds it corrects the rest
+CARRIED = 0.5  # of a drafted token's worth is left behind a mistake: the call that finds it corrects the rest
 REPETITIONS = 5  # of which the quickest counts: others may have been disturbed
 
 
@@ -101,10 +101,9 @@ def _seconds(decoder: Decoder, cache: RaggedCache, width: int) -> float:
     hidden_BWD = decoder.call(decoder.embed(tokens_BW, tokens_BW), positions_BW, mask_B1WS, cache)
     best_BW = argmax(decoder.logits(hidden_BWD, exact=False))
     best_BW.tolist()
-    if decoder.num_heads > 1:  # behind what stands all heads are asked, and head 2 at mistakes
-        argmax(decoder.draft_logits(hidden_BWD[:, -1], best_BW[:, -1], decoder.num_heads - 1, exact=False)).tolist()
-        mistakes = hidden_BWD[:, :1].expand(-1, NUM_MISTAKES, -1).flatten(0, 1), best_BW[:, 0].repeat(NUM_MISTAKES)
-        argmax(decoder.draft_logits(*mistakes, 1, exact=False)).tolist()
+    if decoder.num_heads > 1:
+        num_guesses = min(LEADING, decoder.num_heads - 1)
+        argmax(decoder.draft_logits(hidden_BWD[:, -1], best_BW[:, -1], num_guesses, exact=False)).tolist()
     return time.perf_counter() - start
 
 
@@ -132,7 +131,17 @@ def tune(decoder: Decoder, description: str) -> CallCosts:
     """
     device = decoder.device
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.processor()} {os.cpu_count()}"
-    facts = (description, str(decoder.dtype), str(device), where, torch.get_num_threads(), torch.__version__)
+    facts = (
+        NUM_ROWS,
+        WIDTHS,
+        LEADING,
+        description,
+        str(decoder.dtype),
+        str(device),
+        where,
+        torch.get_num_threads(),
+        torch.__version__,
+    )
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "leapasr"
     path = folder / f"calls-{hashlib.sha256(repr(facts).encode()).hexdigest()[:16]}.json"
     try:

@@ -6,19 +6,18 @@ guesses (a CTC output, say) goes into its drafter when the row is added.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass
-from itertools import takewhile
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from leapasr.decoding.options import DecodingOptions
-from leapasr.decoding.rejoin import Rejoining
-from leapasr.decoding.rewriting import POSSIBLE, Verdict, rewritten, until_end
+from leapasr.decoding.rejoin import Rejoining, Spelling, as_one
+from leapasr.decoding.rewriting import Verdict, rewritten, until_end
 from leapasr.decoding.trace import DraftToken
 
 ROUNDS = 2  # of guesses of all heads: as many tokens are in their draft at most
-LEAD = 0.95  # least probability at which a head's guess goes before CTC's tokens
 
 
 class Drafter(Protocol):
@@ -80,90 +79,109 @@ class MTPDrafter:
         return copy(self)
 
 
+class _Stretch(NamedTuple):
+    """A token of a corrected reading, in the place of these of what was read: ``reading[first:stop]``."""
+
+    token: DraftToken
+    first: int
+    stop: int
+
+
 class CTCDrafter:
     """All that CTC read behind what was emitted, end-of-text included, re-joined after each of its mistakes.
 
     The call that finds the first mistake of a draft also says what head 1 would write at every place behind it: given
     a prefix that is not quite the text's, but the same speech. So the reading is corrected wherever else head 1
     disagrees with it (source ``jacobi``: as in Jacobi decoding, Santilli et al., arXiv 2305.10427), and the mistakes
-    of a whole utterance cost a few calls, not one each.
+    of a whole utterance cost a few calls, not one each. What was read is kept beside: a correction may be wrong, too.
 
     Args:
         reading: CTC's greedy tokens.
         end_token: end-of-text.
-        lead: with it, what heads 2..K say comes first, as far as their probabilities reach it, and CTC's tokens
-            behind that; None leaves the heads out.
+        led: whether what heads 2..K say comes first, as far as they are surer than the reading; its tokens follow.
+        spell: the characters of a token.
     """
 
-    def __init__(self, reading: Reading, *, end_token: int, lead: float | None = None):
-        self.end_token, self.lead = end_token, lead
-        self.reading = [DraftToken(*read, "ctc") for read in zip(reading.tokens, reading.probabilities, strict=True)]
-        self.rejoining = Rejoining(reading.tokens)
+    def __init__(self, reading: Reading, *, end_token: int, led: bool = False, spell: Spelling = as_one):
+        self.end_token, self.led = end_token, led
+        self._read = [DraftToken(*read, "ctc") for read in zip(reading.tokens, reading.probabilities, strict=True)]
+        self._corrected = [_Stretch(token, place, place + 1) for place, token in enumerate(self._read)]
+        self._rejoining = Rejoining(reading.tokens, spell)
         self._proposed: list[DraftToken] = []
-        self._num_first = self._place = 0  # in the last proposal: tokens of the heads, and where the reading went on
+        self._num_first = self._begin = 0  # in the last proposal: tokens of the heads, and where the others begin
+
+    @property
+    def reading(self) -> list[DraftToken]:
+        """What CTC read, as corrected so far."""
+        return [stretch.token for stretch in self._corrected]
 
     def propose(self, emitted: Sequence[int], guesses: Sequence[DraftToken]) -> Sequence[DraftToken]:
-        self.rejoining.follow(emitted)
+        self._rejoining.follow(emitted)
+        rejoining, last = self._rejoining, emitted[-1] if emitted else None
+        begin = self._continuation(rejoining.place, last)
         first: list[DraftToken] = []
-        rejoining = self.rejoining
-        if self.lead is not None and guesses:
-            lead = self.lead
-            first = list(guesses if rejoining.is_lost else takewhile(lambda guess: guess.probability >= lead, guesses))
-            if first:
-                rejoining = rejoining.copy()
-                for guess in first:
-                    rejoining.advance(guess.token)
-        self._num_first, self._place = len(first), rejoining.place
-        if rejoining.is_lost or (first and first[-1].token == self.end_token):
-            self._proposed = first
-        else:
-            self._proposed = [*first, *self.reading[rejoining.place :], DraftToken(self.end_token, 1.0, "ctc")]
+        for guess in guesses if self.led else ():
+            heard = self._corrected[begin].token if begin < len(self._corrected) else None
+            if heard is not None and (heard.token == guess.token or heard.probability >= guess.probability):
+                break
+            first.append(guess)
+            rejoining = rejoining.copy()
+            rejoining.advance(guess.token)
+            begin = self._continuation(rejoining.place, guess.token)
+        self._num_first, self._begin = len(first), begin
+        ends = bool(first) and first[-1].token == self.end_token
+        behind = [] if ends else [*self.reading[begin:], DraftToken(self.end_token, 1.0, "ctc")]
+        self._proposed = [*first, *behind]
         return self._proposed
+
+    def _continuation(self, place: int, last: int | None) -> int:
+        """The place in the corrected reading that goes on with ``reading[place:]`` behind the token `last`.
+
+        What corrections have put there has been written if it is that token. What they have taken away from there
+        comes back: the text stands before it.
+        """
+        index = bisect_left(self._corrected, place, key=lambda stretch: stretch.first)
+        for behind, stretch in enumerate(self._corrected[index:], index + 1):
+            if stretch.first > place:
+                break
+            if stretch.token.token == last and stretch.token.source != "ctc":
+                index = behind
+        stop = self._corrected[index].first if index < len(self._corrected) else len(self._read)
+        self._corrected[index:index] = [_Stretch(self._read[n], n, n + 1) for n in range(place, stop)]
+        return index
 
     def review(self, verdicts: Sequence[Verdict], num_accepted: int, further: Sequence[DraftToken]) -> None:
         said = list(zip(self._proposed, verdicts, strict=False))
         agrees = [drafted.token == verdict.token for drafted, verdict in said]
-        for place in reversed(range(max(num_accepted, self._num_first), len(said))):
-            drafted, verdict = said[place]
-            index, behind = self._place + place - self._num_first, place + 1
-            is_first = place == num_accepted
-            if verdict.token == self.end_token or not (is_first or agrees[place - 1]):
-                continue  # right behind a wrong token, what is said goes on from that
-            correction, following = verdict.instead(drafted), verdict.believed
-            if agrees[place]:
-                self._correct(index, [correction])
-            elif following and following.token == drafted.token:
-                self._correct(index, [correction, drafted])  # one is missing
-            elif following and behind < len(said) and following.token == said[behind][1].token:
-                self._correct(index + 1, [following])
-                self._correct(index, [correction])
-            elif is_first:
-                continue  # left to re-joining, which knows what stands there instead
-            elif behind < len(self._proposed) and verdict.token == self._proposed[behind].token:
-                self._correct(index, [])  # one too many
-            elif verdict.chance < POSSIBLE and behind < len(said) and agrees[behind]:
-                self._correct(index, [correction, drafted])
-            else:
-                self._correct(index, [correction])
-
-    def _correct(self, index: int, instead: list[DraftToken]) -> None:
-        """Put these tokens in the place of one of the reading; end-of-text is not of the reading, and stays."""
-        kept = [token for token in instead if token.token != self.end_token]
-        self.reading[index : index + 1] = kept
-        self.rejoining.edit(index, [token.token for token in kept])
+        before, behind = self._corrected[: self._begin], self._corrected[self._begin :]
+        corrected: list[_Stretch] = []
+        place = 0
+        while place < min(len(said) - self._num_first, len(behind)):
+            index, stretch = self._num_first + place, behind[place]
+            drafted, verdict = said[index]
+            believed = index <= num_accepted or agrees[index - 1]  # behind a wrong token, what is said goes on from it
+            if agrees[index]:
+                stretch = stretch._replace(token=verdict.instead(drafted))
+            elif believed and verdict.token != self.end_token:
+                rejoining = self._rejoining.from_place(stretch.first)
+                rejoining.advance(verdict.token)
+                corrected.append(_Stretch(verdict.instead(drafted), stretch.first, rejoining.place))
+                if rejoining.place > stretch.first:
+                    while place < len(behind) and behind[place].first < rejoining.place:
+                        place += 1
+                    continue
+            corrected.append(stretch)
+            place += 1
+        self._corrected = [*before, *corrected, *behind[place:]]
 
     def copy(self) -> CTCDrafter:
         other = copy(self)
-        other.reading, other.rejoining = self.reading.copy(), self.rejoining.copy()
+        other._corrected, other._rejoining = self._corrected.copy(), self._rejoining.copy()
         return other
 
 
-def build_drafter(options: DecodingOptions, reading: Reading, *, end_token: int) -> Drafter:
-    """The draft source that `options` name, for a row of which CTC read `reading`."""
-    match options.drafts_used:
-        case "ctc":
-            return CTCDrafter(reading, end_token=end_token)
-        case "both":
-            return CTCDrafter(reading, end_token=end_token, lead=LEAD)
-        case _:
-            return MTPDrafter(end_token=end_token)
+def build_drafter(options: DecodingOptions, reading: Reading, *, end_token: int, spell: Spelling = as_one) -> Drafter:
+    """The draft source that `options` name, for a row of which CTC read `reading` in tokens that `spell` spells."""
+    if options.drafts_used in ("ctc", "both"):
+        return CTCDrafter(reading, end_token=end_token, led=options.drafts_used == "both", spell=spell)
+    return MTPDrafter(end_token=end_token)

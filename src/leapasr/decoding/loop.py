@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from leapasr.decoding.cache import RaggedCache
-from leapasr.decoding.costs import FREE, NUM_MISTAKES, CallCosts, num_worth_drafting
+from leapasr.decoding.costs import FREE, CallCosts, num_worth_drafting
 from leapasr.decoding.drafts import Drafter, MTPDrafter
 from leapasr.decoding.guards import Guards, guard_rows
 from leapasr.decoding.interface import Decoder, Prompts
@@ -34,6 +34,7 @@ from leapasr.decoding.trace import DraftToken, TokenRecord
 from leapasr.model.argmax import argmax
 from leapasr.model.speech_llama import join_positions, join_rows
 
+NUM_MISTAKES = 8  # of a draft of heads, at which head 2 is asked what it hears
 MAX_VOCAB_SIZE = 2**24  # ids travel to the host as float32, which is exact up to here
 
 

@@ -2,70 +2,98 @@
 
 A draft source that reads the whole utterance at once (CTC, say) says the same as the decoder for long stretches, and
 now and then something else. Behind such a place its reading is as good as before, if only one knows where to go on.
+What is misread mostly sounds alike and is spelt alike, in other tokens: so texts are aligned by their characters.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from copy import copy
+from functools import cache
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
-WINDOW, MAX_EDITS = 12, 8  # lost: so many edits in the last so many tokens
+LEFT_OUT = 0.5  # what a character of the reading costs that the text has not; one that only the text has costs 1
+
+Spelling = Callable[[int], Sequence[int]]  # the characters of a token, as numbers
+
+
+def as_one(token: int) -> Sequence[int]:
+    """A token as a character of its own."""
+    return (token,)
+
+
+def spelling(tokenizer: PreTrainedTokenizerBase) -> Spelling:
+    """The characters of its tokens; those of byte-level BPE stand for bytes."""
+    return cache(lambda token: tuple(map(ord, tokenizer.convert_ids_to_tokens(token) or "")))
 
 
 class Rejoining:
-    """Aligns emitted tokens with a reading, token by token, at the least edit distance.
+    """Aligns a text, token by token, with a reading, at the least cost of the characters that only one of them has.
 
-    `costs[j]` is the edit distance (insertions, deletions and substitutions cost 1) between all that was emitted and
-    the first j tokens of the reading; a new token takes one row of that table.
+    `costs[j]` is that of all that was written and the first j characters of the reading; a new character takes one row
+    of that table. Leaving out what was read is the cheaper: where both go on alike further on, there the text goes on.
     """
 
-    def __init__(self, reading: Sequence[int]):
-        self.reading = np.asarray(reading, dtype=np.int64)
-        self.costs = np.arange(len(reading) + 1)
-        self.num_emitted = self.place = 0
-        self._recent: deque[int] = deque([0], maxlen=WINDOW)
+    def __init__(self, reading: Sequence[int], spell: Spelling = as_one):
+        self._spell = spell
+        spelt = [spell(token) for token in reading]
+        self._ends = np.cumsum([0, *map(len, spelt)])
+        self._characters = np.fromiter((character for each in spelt for character in each), dtype=np.int64)
+        self._ramp = LEFT_OUT * np.arange(len(self._characters) + 1)
+        self._moves: dict[int, np.ndarray] = {}
+        self._tilted = np.zeros(len(self._ramp))  # costs less the ramp: what is left out then costs nothing
+        self.num_written = self._at = 0
 
     def copy(self) -> Rejoining:
         """One that goes its own way from here."""
-        other = copy(self)  # of its parts, only `_recent` is changed in place
-        other._recent = self._recent.copy()
+        return copy(self)  # what is changed in place does not depend on the way
+
+    @property
+    def costs(self) -> np.ndarray:
+        return self._tilted + self._ramp
+
+    def from_place(self, place: int) -> Rejoining:
+        """One whose text stands before a token of the reading, which it will not go back behind."""
+        other = self.copy()
+        other._at = int(self._ends[place])
+        other._tilted = np.full(len(self._ramp), -self._ramp[other._at])
+        other._tilted[: other._at] = np.inf
         return other
 
-    def follow(self, emitted: Sequence[int]) -> None:
-        """Take in what was emitted since the last time; `emitted` is all of it."""
-        for token in emitted[self.num_emitted :]:
+    def follow(self, written: Sequence[int]) -> None:
+        """Take in what was written since the last time; `written` is all of it."""
+        for token in written[self.num_written :]:
             self.advance(token)
 
     def advance(self, token: int) -> None:
-        """Take in one emitted token.
+        """Take in one token that was written."""
+        characters = self._spell(token)
+        self._at += len(characters)
+        self._take(characters)
+        self.num_written += 1
+        costs = self.costs
+        cheapest = np.flatnonzero(costs <= costs.min() + 1e-9)
+        self._at = int(cheapest[np.abs(cheapest - self._at).argmin()])
 
-        `place`, from which on the reading is likely to continue it, becomes the end of the cheapest alignment. Of
-        several, one that ends in this very token; then the one nearest to a step on from the last place.
-        """
-        matches = self.reading == token
-        steps = np.minimum(self.costs[:-1] + ~matches, self.costs[1:] + 1)
-        index = np.arange(len(self.costs))
-        costs = np.concatenate([self.costs[:1] + 1, steps])
-        self.costs = np.minimum.accumulate(costs - index) + index
-        self.num_emitted += 1
-
-        cheapest = np.flatnonzero(self.costs == self.costs.min())
-        ending = cheapest[(cheapest > 0) & matches[cheapest - 1]] if len(matches) else cheapest[:0]
-        found = ending if len(ending) else cheapest
-        self.place = int(found[np.abs(found - (self.place + 1)).argmin()])
-        self._recent.append(int(self.costs.min()))
-
-    def edit(self, index: int, tokens: Sequence[int]) -> None:
-        """Put other tokens in the place of one that the text has not come to yet, or behind the last."""
-        self.reading = np.concatenate([self.reading[:index], tokens, self.reading[index + 1 :]]).astype(np.int64)
-        before, behind = self.costs[: index + 1], self.costs[index + 2 :]
-        unmet = before[-1] + 1 + np.arange(len(tokens))
-        self.costs = np.concatenate([before, unmet, behind + (len(tokens) - 1)])
+    def _take(self, characters: Iterable[int]) -> None:
+        for character in characters:
+            moves = self._moves.get(character)
+            if moves is None:
+                moves = np.where(self._characters == character, -LEFT_OUT, np.inf)
+                self._moves[character] = moves
+            tilted = self._tilted + 1
+            np.minimum(tilted[1:], self._tilted[:-1] + moves, out=tilted[1:])
+            self._tilted = np.minimum.accumulate(tilted, out=tilted)
 
     @property
-    def is_lost(self) -> bool:
-        """Whether the last tokens had so little to do with the reading that its continuation is worth nothing."""
-        return self._recent[-1] - self._recent[0] >= MAX_EDITS
+    def place(self) -> int:
+        """From which token on the reading is likely to continue the text: where the cheapest alignment ends.
+
+        Of several the one nearest to a step on from the last; of a token that it ends in, the nearer end.
+        """
+        behind = int(np.searchsorted(self._ends, self._at))
+        if behind and self._ends[behind] - self._at > self._at - self._ends[behind - 1]:
+            return behind - 1
+        return behind

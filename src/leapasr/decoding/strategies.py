@@ -14,6 +14,8 @@ from leapasr.decoding.drafts import Drafter
 from leapasr.decoding.options import DecodingOptions
 from leapasr.decoding.trace import DraftToken
 
+LEADING = 2  # guesses of heads that go before CTC's tokens at most
+
 
 class Strategy:
     """The role: what the loop asks before and after each decoder call. By default nothing is drafted or trusted.
@@ -79,7 +81,7 @@ class Verification(Strategy):
 
     def __init__(self, num_guesses: int, *, num_further: int = 0):
         self.num_guesses, self.num_further = num_guesses, num_further
-        self.reads_along = num_guesses > 0
+        self.reads_along = num_further > 0
 
     def propose(self, drafter: Drafter, emitted: Sequence[int], guesses: Sequence[DraftToken]) -> Sequence[DraftToken]:
         return drafter.propose(emitted, guesses)
@@ -110,6 +112,8 @@ def build_strategy(options: DecodingOptions, num_heads: int) -> Strategy:
     """The strategy that `options` name, for a model of `num_heads` heads."""
     num_guesses = options.num_heads_used(num_heads) - 1
     num_further = num_guesses if options.drafts_used == "mtp" else 0  # a reading of CTC's has its own end
+    if options.drafts_used == "both":
+        num_guesses = min(num_guesses, LEADING)
     match options.strategy:
         case "autoregressive" | "beam":  # a beam search has a loop of its own
             return Autoregressive()

@@ -56,7 +56,8 @@ class FitConfig:
         num_pieces: CTC reads as many pieces of tokens (`model.pieces`).
         updates: of all heads. batch_seconds: audio in an update, with padding.
         learning_rate: the peak, behind `warmup` updates; then it falls linearly.
-        dropout: of the encoder's frames.
+        dropout: of the encoder's frames. mask_seconds: one stretch of them in each two seconds is blotted out, up to so
+            long (as SpecAugment does with features: Park et al., arXiv 1904.08779).
         precision: of products, those of the frozen encoder too: ``bf16`` (trained weights are kept in float32 beside)
             or ``fp32``.
         seed: of new weights and the order of lessons.
@@ -76,6 +77,7 @@ class FitConfig:
     learning_rate: float = 1e-3
     warmup: int = 100
     dropout: float = 0.1
+    mask_seconds: float = 0.4
     precision: str = "bf16"
     seed: int = 1
     eval_every: int = 250
@@ -151,6 +153,16 @@ def fit(
     fitting.describe(model, weights, [str(path) for path in audio])
     fitting.run(progress)
     return output
+
+
+def blotted(frames_BTD: Tensor, longest_seconds: float) -> Tensor:
+    """Encoder frames (B, T, D) with zeros in one stretch for each two seconds, anywhere, evenly up to so long."""
+    B, T, _ = frames_BTD.shape
+    num_stretches, longest = round(seconds_of(T) / 2), longest_seconds * T / max(1e-9, seconds_of(T))
+    starts_BN1 = torch.rand(B, num_stretches, 1, device=frames_BTD.device) * T
+    behind_BNT = torch.arange(T, device=frames_BTD.device) - starts_BN1
+    within_BNT = (behind_BNT >= 0) & (behind_BNT < longest * torch.rand_like(starts_BN1))
+    return frames_BTD.masked_fill(within_BNT.any(1)[..., None], 0)
 
 
 class Fitting:
@@ -284,7 +296,8 @@ class Fitting:
         """CTC logits (B, T', P) of lessons, and their lengths (B,)."""
         frames_BTD = pad_sequence([lesson.frames for lesson in batch], batch_first=True).to(self.device, self.dtype)
         lengths_B = torch.tensor([len(lesson.frames) for lesson in batch], device=self.device)
-        frames_BTD = F.dropout(frames_BTD, self.config.dropout, training=training)
+        if training:
+            frames_BTD = blotted(F.dropout(frames_BTD, self.config.dropout), self.config.mask_seconds)
         return self.heads.ctc_logits(frames_BTD, lengths_B, self.unembedding_PD)
 
     def _in_pieces(self, tokens: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from leapasr.data.batches import Batch, pad_tokens
 from leapasr.decoding import DecodingOptions, DecodingResult, Prompts, SpeechLlamaDecoder, decode
 from leapasr.decoding.guards import token_bound
 from leapasr.decoding.interface import Ways
+from leapasr.decoding.rejoin import Spelling, as_one, spelling
 from leapasr.evaluation.scoring import count_word_errors
 from leapasr.model.processing import SpeechLlamaProcessor
 from leapasr.model.speech_llama import SpeechEncoding, SpeechLlamaForConditionalGeneration
@@ -53,12 +54,16 @@ class Hypotheses:
 
 @torch.no_grad()
 def search(
-    model: SpeechLlamaForConditionalGeneration, encoding: SpeechEncoding, options: DecodingOptions
+    model: SpeechLlamaForConditionalGeneration,
+    encoding: SpeechEncoding,
+    options: DecodingOptions,
+    *,
+    spell: Spelling = as_one,
 ) -> list[DecodingResult]:
     """Decode what the speech side gave, with the model as it is; its training mode is left as it was.
 
     Args:
-        options: with no drafts from CTC.
+        options: with no drafts from CTC. spell: the characters of a token.
     """
     training = {module: module.training for module in model.modules()}
     model.eval()
@@ -67,7 +72,8 @@ def search(
         with torch.compiler.set_stance("force_eager"):  # layers are compiled for training's shapes, not for a cache's
             decoder = SpeechLlamaDecoder(model)
             decoder.prepare(Ways(packed=True))
-            return decode(decoder, Prompts(*model.prompt(encoding)), options, max_tokens=max_tokens)
+            prompts = Prompts(*model.prompt(encoding))
+            return decode(decoder, prompts, options, max_tokens=max_tokens, spell=spell)
     finally:
         for module, was_training in training.items():
             module.training = was_training
@@ -89,7 +95,7 @@ def hypothesize(
     if device.type == "cuda":
         torch.cuda.synchronize(device)  # what is left to do of the encoder's work is not the search's
     start = time.perf_counter()
-    results = search(model, encoding, options)
+    results = search(model, encoding, options, spell=spelling(processor.tokenizer))
     seconds = time.perf_counter() - start
     lists, errors = [], []
     for result, text, length in zip(results, batch.text_ids.tolist(), batch.text_lengths.tolist(), strict=True):
