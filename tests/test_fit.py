@@ -18,7 +18,7 @@ from leapasr.decoding import DecodingOptions
 from leapasr.model.fitted_heads import FittedHeads
 from leapasr.model.whisper import fingerprint
 from leapasr.training.distillation import OF_ONE, PAUSE_SECONDS, WITH, Distillation, find_recordings, joined
-from leapasr.training.fit import FitConfig, fit
+from leapasr.training.fit import FitConfig, blotted, fit
 from leapasr.training.losses import shifted_labels
 from leapasr.transcriber import load
 from leapasr.whisper_transcriber import WhisperOptions, load_whisper
@@ -184,6 +184,19 @@ def test_heads_learn(folder, manifest, tmp_path):
     half, end = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert end["ce_2"] < half["ce_2"] < 3
     assert end["ctc"] < half["ctc"]
+
+
+def test_a_stretch_in_each_two_seconds_is_blotted_out():
+    torch.manual_seed(0)
+    frames_BTD = torch.rand(50, 500, 3) + 1
+    found_BTD = blotted(frames_BTD, 0.4)
+    out_BT = (found_BTD == 0).all(-1)
+    assert torch.equal(found_BTD[~out_BT], frames_BTD[~out_BT])
+    ends_BT = out_BT & ~torch.nn.functional.pad(out_BT, (0, 1))[:, 1:]
+    assert 5 >= ends_BT.sum(1).max() > 3  # 10 s; some overlap
+    assert out_BT.float().mean() == pytest.approx(0.1, abs=0.01)
+    assert not torch.equal(out_BT[0], out_BT[1])
+    assert torch.equal(blotted(frames_BTD, 0), frames_BTD)
 
 
 def test_labels_of_head_2_are_what_follows_the_next_token():

@@ -45,7 +45,7 @@ def test_pieces_are_those_that_the_first_merges_make_of_the_whole_text(tokenizer
     kept = set(pieces.ids)
     assert kept == set(range(280))  # a trained BPE numbers letters first, then merges by rank
     parts = [
-        tokenizer.convert_ids_to_tokens(pieces.ids[place]) for place in in_pieces(pieces, tokenizer.encode(" the"))
+        tokenizer.convert_ids_to_tokens(pieces.ids[place - 1]) for place in in_pieces(pieces, tokenizer.encode(" the"))
     ]
     assert "".join(parts) == "Ġthe"
 

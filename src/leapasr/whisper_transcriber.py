@@ -28,9 +28,9 @@ from leapasr.decoding.rules import Timestamps, WhisperRules
 from leapasr.decoding.whisper import WhisperTextDecoder
 from leapasr.model.checkpoints import CheckpointError
 from leapasr.model.encoders import FEATURE_RATE
-from leapasr.model.fitted_heads import BLANK, FittedHeads, rows_of_pieces, shipped_heads
+from leapasr.model.fitted_heads import FittedHeads, rows_of_pieces, shipped_heads
 from leapasr.model.information import ModelInformation, describe_whisper
-from leapasr.model.pieces import Pieces
+from leapasr.model.pieces import BLANK, Pieces
 from leapasr.model.whisper import (
     WhisperProcessor,
     fingerprint,
@@ -274,17 +274,13 @@ class WhisperTranscriber(Transcriber):
         if self.heads is None:
             return [Reading([], []) for _ in batch.chunks]
         readings = read_ctc(batch.ctc_logits_BTV, batch.ctc_lengths_B, blank=BLANK)
-        return [Reading(*self._joined(reading.tokens, reading.probabilities)) for reading in readings]
+        return [Reading(*self._pieces.join(reading.tokens, reading.probabilities)) for reading in readings]
 
     def greedy_ctc(self, batch: EncodedBatch) -> list[list[int]]:
         if self.heads is None:
             return [[] for _ in batch.chunks]
         rows = greedy_ctc(batch.ctc_logits_BTV, batch.ctc_lengths_B, blank=BLANK)
-        return [self._joined(row, [1.0] * len(row))[0] for row in rows]
-
-    def _joined(self, places: Sequence[int], probabilities: Sequence[float]) -> tuple[list[int], list[float]]:
-        """Tokens of what CTC reads, given as places behind the blank, and how sure it is of each."""
-        return self._pieces.join([place - 1 for place in places], probabilities)
+        return [self._pieces.join(row, [1.0] * len(row))[0] for row in rows]
 
     def hears_speech(self, done: DecodedChunk) -> bool:
         """True: what the model writes stays, whatever the CTC head hears."""
@@ -296,7 +292,7 @@ class WhisperTranscriber(Transcriber):
         chunk, batch = done.chunk, done.batch
         parts = [self._pieces.split(token) for token in tokens]
         times = token_times(
-            [1 + place for part in parts for place in part],
+            [place for part in parts for place in part],
             batch.ctc_logits_BTV[done.row, : int(batch.ctc_lengths_B[done.row])].float().log_softmax(-1),
             frame_rate=SAMPLE_RATE / SAMPLES_PER_FRAME / self.heads.config.encoder_stacking,
             blank=BLANK,

@@ -26,12 +26,11 @@ from torch.nn import functional as F
 from leapasr.model.adapter import Adapter, SharedCTCHead
 from leapasr.model.checkpoints import CheckpointError
 from leapasr.model.mtp_heads import MTPHeads, new_heads
-from leapasr.model.pieces import Pieces
+from leapasr.model.pieces import BLANK, Pieces
 from leapasr.model.storage import from_int8, replace_files, to_int8
 
 CONFIG_FILE, WEIGHTS_FILE = "heads.json", "heads.safetensors"
 SHARING_HEAD_TYPES = ("latent", "residual", "sequential")  # those that share the model's unembedding
-BLANK = 0  # its place in front of the pieces
 SHIPPED = ("pretrained", "heads")  # folder inside the package
 
 

@@ -15,9 +15,11 @@ from itertools import accumulate
 from tokenizers import models
 from transformers import PreTrainedTokenizerBase
 
+BLANK = 0  # CTC's output in front of the pieces
+
 
 class Pieces:
-    """Pieces of the tokens of `tokenizer`.
+    """Pieces of the tokens of `tokenizer`, by their places among CTC's outputs: 1 is the first of them.
 
     Args:
         tokenizer: a fast one, byte-level BPE, as those of Whisper and of most language models are.
@@ -41,7 +43,7 @@ class Pieces:
         merges = pairs[: max(0, num_pieces - len(pieces))]
         pieces |= {left + right: known[left + right] for left, right in merges}
         self.ids = sorted(pieces.values())
-        self._places = {token: place for place, token in enumerate(self.ids)}
+        self._places = {token: place for place, token in enumerate(self.ids, BLANK + 1)}
         bpe = models.BPE(vocab=pieces, merges=merges)
 
         @cache
@@ -52,15 +54,15 @@ class Pieces:
         self._split = split
 
     def split(self, token: int) -> list[int]:
-        """The pieces of a token, by their places in `ids`; none of a special token."""
+        """The pieces of a token; none of a special token."""
         return self._split(token)
 
     def join(self, pieces: Sequence[int], probabilities: Sequence[float]) -> tuple[list[int], list[float]]:
-        """The tokens of the text that pieces (by their places) spell, and of each the least probability of its pieces.
+        """The tokens of the text that pieces spell, and of each the least probability of its pieces.
 
         Bytes that are no character become U+FFFD: of such a reading every token has the least probability of all.
         """
-        ids = [self.ids[place] for place in pieces]
+        ids = [self.ids[place - BLANK - 1] for place in pieces]
         spelt = [self._tokenizer.id_to_token(token) for token in ids]
         joined = self._tokenizer.encode(self._tokenizer.decode(ids), add_special_tokens=False)
         if "".join(joined.tokens) != "".join(spelt):

@@ -26,8 +26,8 @@ from torch.nn.utils.rnn import pad_sequence
 from leapasr.config import Stage
 from leapasr.decoding.ctc import greedy_ctc
 from leapasr.evaluation.scoring import count_errors
-from leapasr.model.fitted_heads import BLANK, FittedHeads, FittedHeadsConfig, rows_of_pieces
-from leapasr.model.pieces import Pieces
+from leapasr.model.fitted_heads import FittedHeads, FittedHeadsConfig, rows_of_pieces
+from leapasr.model.pieces import BLANK, Pieces
 from leapasr.model.precision import cast
 from leapasr.model.whisper import fingerprint
 from leapasr.text import NORMALIZER
@@ -87,6 +87,8 @@ class FitConfig:
         for name in ("adapter_layers", "draft_vocabulary", "updates", "eval_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.mask_seconds < 0:
+            raise ValueError(f"mask_seconds must not be negative, got {self.mask_seconds}")
         if self.precision not in ("bf16", "fp32"):
             raise ValueError(f"precision must be bf16 or fp32, got {self.precision!r}")
 
@@ -301,8 +303,8 @@ class Fitting:
         return self.heads.ctc_logits(frames_BTD, lengths_B, self.unembedding_PD)
 
     def _in_pieces(self, tokens: Tensor) -> Tensor:
-        """What CTC is to read: places behind the blank (M',)."""
-        return torch.tensor([1 + place for token in tokens.tolist() for place in self.pieces.split(token)]).long()
+        """What CTC is to read (M',)."""
+        return torch.tensor([place for token in tokens.tolist() for place in self.pieces.split(token)]).long()
 
     def _unembed(self, states: Tensor) -> Tensor:
         return F.linear(states, self.unembedding_CD)
@@ -322,7 +324,7 @@ class Fitting:
             sums = {name: sums.get(name, 0.0) + float(value) / len(batches) for name, value in figures.items()}
             logits_BTC, lengths_B = self._read([self.lessons.lesson(name) for name in names], training=False)
             for row in greedy_ctc(logits_BTC, lengths_B, blank=BLANK):
-                read.append(self.processor.decode_text([self.pieces.ids[place - 1] for place in row]))
+                read.append(self.processor.decode_text(self.pieces.join(row, [1.0] * len(row))[0]))
             written += [self.processor.decode_text(self.lessons.tokens(name).tolist()) for name in names]
         if not any(map(NORMALIZER, written)):
             return sums
