@@ -8,9 +8,10 @@ from hypothesis import strategies as st
 from leapasr.decoding.ctc import greedy_ctc, read_ctc
 from leapasr.decoding.drafts import CTCDrafter, MTPDrafter, Reading, build_drafter
 from leapasr.decoding.options import DecodingOptions
-from leapasr.decoding.rejoin import LEFT_OUT, Rejoining, spelling
+from leapasr.decoding.rejoin import LEFT_OUT, Rejoining
 from leapasr.decoding.rewriting import Verdict
 from leapasr.decoding.trace import DraftToken
+from leapasr.model.processing import spelling
 from leapasr.transcriber import load
 
 END = 99

@@ -33,13 +33,13 @@ from leapasr.decoding.ctc import greedy_ctc, read_ctc
 from leapasr.decoding.drafts import Drafter, Reading, build_drafter
 from leapasr.decoding.guards import MAX_TOKENS_AT_LEAST, MAX_TOKENS_PER_SECOND, token_bound
 from leapasr.decoding.interface import Decoder
-from leapasr.decoding.rejoin import Spelling, spelling
+from leapasr.decoding.rejoin import Spelling
 from leapasr.decoding.rules import Rules
 from leapasr.model.argmax import argmax
 from leapasr.model.checkpoints import CheckpointError
 from leapasr.model.encoders import FEATURE_RATE
 from leapasr.model.information import ModelInformation, describe
-from leapasr.model.processing import SpeechLlamaProcessor
+from leapasr.model.processing import SpeechLlamaProcessor, spelling
 from leapasr.model.speech_llama import SpeechLlamaForConditionalGeneration
 from leapasr.model.whisper import is_whisper
 from leapasr.running import DecodedChunk, EncodedBatch, RunningBatch, timed

@@ -9,10 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from copy import copy
-from functools import cache
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 LEFT_OUT = 0.5  # what a character of the reading costs that the text has not; one that only the text has costs 1
 
@@ -22,11 +20,6 @@ Spelling = Callable[[int], Sequence[int]]  # the characters of a token, as numbe
 def as_one(token: int) -> Sequence[int]:
     """A token as a character of its own."""
     return (token,)
-
-
-def spelling(tokenizer: PreTrainedTokenizerBase) -> Spelling:
-    """The characters of its tokens; those of byte-level BPE stand for bytes."""
-    return cache(lambda token: tuple(map(ord, tokenizer.convert_ids_to_tokens(token) or "")))
 
 
 class Rejoining:

@@ -5,14 +5,20 @@ Features are extracted an utterance at a time, so that what a row sees never dep
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import BatchFeature, ProcessorMixin
+from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
 from leapasr.audio import SAMPLE_RATE
+
+
+def spelling(tokenizer: PreTrainedTokenizerBase) -> Callable[[int], Sequence[int]]:
+    """What tells the characters of its tokens, as numbers; those of byte-level BPE stand for bytes."""
+    return cache(lambda token: tuple(map(ord, tokenizer.convert_ids_to_tokens(token) or "")))
 
 
 class SpeechLlamaProcessor(ProcessorMixin):

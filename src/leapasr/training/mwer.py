@@ -15,9 +15,9 @@ from leapasr.data.batches import Batch, pad_tokens
 from leapasr.decoding import DecodingOptions, DecodingResult, Prompts, SpeechLlamaDecoder, decode
 from leapasr.decoding.guards import token_bound
 from leapasr.decoding.interface import Ways
-from leapasr.decoding.rejoin import Spelling, as_one, spelling
+from leapasr.decoding.rejoin import Spelling, as_one
 from leapasr.evaluation.scoring import count_word_errors
-from leapasr.model.processing import SpeechLlamaProcessor
+from leapasr.model.processing import SpeechLlamaProcessor, spelling
 from leapasr.model.speech_llama import SpeechEncoding, SpeechLlamaForConditionalGeneration
 from leapasr.text import NORMALIZER
 from leapasr.training.encoder_cache import FrameBatch
