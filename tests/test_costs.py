@@ -46,8 +46,8 @@ def test_the_best_length_of_all(probabilities, width, seconds_per_token):
 
 def test_a_draft_is_worth_something_behind_a_mistake():
     row = [1.0, 0.0, 1.0, 1.0, 1.0, 1.0]
-    assert num_worth_drafting([row], COSTS, width=1, seconds_per_token=1.0) == 6  # 0.3 each, for a quarter of a call
-    assert num_worth_drafting([row], COSTS, width=1, seconds_per_token=0.8) == 0
+    assert num_worth_drafting([row], COSTS, width=1, seconds_per_token=1.0) == 6  # 0.5 each, for a quarter of a call
+    assert num_worth_drafting([row], COSTS, width=1, seconds_per_token=0.6) == 0
 
 
 def test_what_costs_nothing_is_all_drafted():
