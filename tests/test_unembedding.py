@@ -8,6 +8,7 @@ from torch import nn
 from leapasr.decoding import DecodingOptions, SpeechLlamaDecoder, decode
 from leapasr.decoding.interface import Ways
 from leapasr.decoding.unembedding import NUM_CANDIDATES, RoughUnembedding
+from leapasr.model.argmax import BLOCK, top
 
 D, V = 64, 500
 
@@ -39,6 +40,16 @@ def test_the_likeliest_is_exact(dtype, bias, spread):
     assert torch.allclose(found.amax(-1), exact.amax(-1), rtol=1e-4)
     if spread <= 1e-2:
         assert (rough.rough(hidden).argmax(-1) != exact.argmax(-1)).any()  # it was close
+
+
+@pytest.mark.parametrize("vocabulary", [1, 9, 8 * BLOCK, 9 * BLOCK, 9 * BLOCK + 1, 5003])
+@pytest.mark.parametrize("number", [1, 3, 8])
+def test_the_top_of_a_vocabulary_is_found(vocabulary, number):
+    number = min(number, vocabulary)
+    logits = torch.rand(40, 2, vocabulary, generator=torch.Generator().manual_seed(3))
+    assert torch.equal(top(logits, number), logits.topk(number).indices)
+    rounded = (9 * logits).round()  # of equals any will do
+    assert torch.equal(rounded.gather(-1, top(rounded, number)), rounded.topk(number).values)
 
 
 def test_what_is_not_likely_is_rough():

@@ -36,6 +36,7 @@ from leapasr.decoding.loop import DecodingLoop, as_scores, best_tokens, by_heads
 from leapasr.decoding.options import DecodingOptions, DecodingResult, Hypothesis, Truncation
 from leapasr.decoding.rejoin import Rejoining, Spelling, as_one
 from leapasr.decoding.trace import DraftToken, TokenRecord
+from leapasr.model.argmax import top
 
 LINES_PER_HYPOTHESIS = 2  # cache rows of one utterance in a call: the beam's own, and as many that it may need soon
 
@@ -408,8 +409,8 @@ class BeamLoop(DecodingLoop):
     def _likeliest(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """The N likeliest ids (..., N) of logits (..., V), and their natural-log probabilities (..., N)."""
         scores = as_scores(logits)
-        best, tokens = scores.topk(min(self.size, logits.shape[-1]))
-        return tokens, best - scores.logsumexp(-1, keepdim=True)
+        tokens = top(scores, min(self.size, logits.shape[-1]))
+        return tokens, scores.gather(-1, tokens) - scores.logsumexp(-1, keepdim=True)
 
     def _trust(self, nodes: Sequence[_Node]) -> None:
         """Let heads 2..K say what follows behind the likeliest tokens of `nodes`, as far as they are sure."""

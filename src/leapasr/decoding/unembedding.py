@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from leapasr.decoding.packing import Product, as_it_is
+from leapasr.model.argmax import top
 
 NUM_CANDIDATES = 8
 ROUNDING = 2.0**-9  # largest relative error of a number in bfloat16
@@ -46,7 +47,7 @@ class RoughUnembedding:
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits (..., V) that are exact for the likeliest tokens, and rough for those that cannot be."""
         logits = self.rough(hidden)
-        candidates = logits.topk(min(NUM_CANDIDATES, logits.shape[-1])).indices
+        candidates = top(logits, min(NUM_CANDIDATES, logits.shape[-1]))
         last = logits.gather(-1, candidates[..., -1:])[..., 0]
         exact = (self.exact.weight[candidates] @ hidden[..., None])[..., 0]
         if self.exact.bias is not None:
