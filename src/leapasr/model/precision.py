@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}  # of training, by the names that users give
+
 
 def cast(model: torch.nn.Module, dtype: torch.dtype) -> None:
     """Cast weights in place, and learnt buffers, but not those that are computed at the start.

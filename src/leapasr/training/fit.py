@@ -28,7 +28,7 @@ from leapasr.decoding.ctc import greedy_ctc
 from leapasr.evaluation.scoring import count_errors
 from leapasr.model.fitted_heads import FittedHeads, FittedHeadsConfig, rows_of_pieces
 from leapasr.model.pieces import BLANK, Pieces
-from leapasr.model.precision import cast
+from leapasr.model.precision import PRECISIONS, cast
 from leapasr.model.whisper import fingerprint
 from leapasr.text import NORMALIZER
 from leapasr.training.distillation import Distillation, Lesson, find_recordings, seconds_of
@@ -89,12 +89,12 @@ class FitConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.mask_seconds < 0:
             raise ValueError(f"mask_seconds must not be negative, got {self.mask_seconds}")
-        if self.precision not in ("bf16", "fp32"):
-            raise ValueError(f"precision must be bf16 or fp32, got {self.precision!r}")
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
 
     @property
     def dtype(self) -> torch.dtype:
-        return torch.bfloat16 if self.precision == "bf16" else torch.float32
+        return PRECISIONS[self.precision]
 
     @property
     def stage(self) -> Stage:

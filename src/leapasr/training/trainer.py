@@ -31,7 +31,7 @@ from leapasr.data.batches import Batch, Source, SpeechBatches, plan_epoch
 from leapasr.data.misreadings import MisreadBatches, TextBatch
 from leapasr.decoding.ctc import greedy_ctc
 from leapasr.model.low_rank import freeze_adapted
-from leapasr.model.precision import cast
+from leapasr.model.precision import PRECISIONS, cast
 from leapasr.model.processing import SpeechLlamaProcessor
 from leapasr.model.speech_llama import SpeechEncoding, SpeechLlamaForConditionalGeneration
 from leapasr.training.encoder_cache import EncoderCache, FrameBatch, FrameBatches
@@ -334,7 +334,7 @@ class Trainer:
             averaging=stage.averaging,
         )
         self._frozen = _frozen_values(model)
-        cast(model, torch.bfloat16 if self.config.precision == "bf16" else torch.float32)
+        cast(model, PRECISIONS[self.config.precision])
         if self._resumed is not None:
             try:
                 optimizer.load_state_dict(self._resumed)
