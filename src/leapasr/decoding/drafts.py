@@ -80,11 +80,10 @@ class MTPDrafter:
 
 
 class _Stretch(NamedTuple):
-    """A token of a corrected reading, in the place of these of what was read: ``reading[first:stop]``."""
+    """A token of a corrected reading, in the place of what was read from its token number `first` to the next one's."""
 
     token: DraftToken
     first: int
-    stop: int
 
 
 class CTCDrafter:
@@ -105,7 +104,7 @@ class CTCDrafter:
     def __init__(self, reading: Reading, *, end_token: int, led: bool = False, spell: Spelling = as_one):
         self.end_token, self.led = end_token, led
         self._read = [DraftToken(*read, "ctc") for read in zip(reading.tokens, reading.probabilities, strict=True)]
-        self._corrected = [_Stretch(token, place, place + 1) for place, token in enumerate(self._read)]
+        self._corrected = [_Stretch(token, place) for place, token in enumerate(self._read)]
         self._rejoining = Rejoining(reading.tokens, spell)
         self._proposed: list[DraftToken] = []
         self._num_first = self._begin = 0  # in the last proposal: tokens of the heads, and where the others begin
@@ -147,7 +146,7 @@ class CTCDrafter:
             if stretch.token.token == last and stretch.token.source != "ctc":
                 index = behind
         stop = self._corrected[index].first if index < len(self._corrected) else len(self._read)
-        self._corrected[index:index] = [_Stretch(self._read[n], n, n + 1) for n in range(place, stop)]
+        self._corrected[index:index] = [_Stretch(self._read[n], n) for n in range(place, stop)]
         return index
 
     def review(self, verdicts: Sequence[Verdict], num_accepted: int, further: Sequence[DraftToken]) -> None:
@@ -165,7 +164,7 @@ class CTCDrafter:
             elif believed and verdict.token != self.end_token:
                 rejoining = self._rejoining.from_place(stretch.first)
                 rejoining.advance(verdict.token)
-                corrected.append(_Stretch(verdict.instead(drafted), stretch.first, rejoining.place))
+                corrected.append(_Stretch(verdict.instead(drafted), stretch.first))
                 if rejoining.place > stretch.first:
                     while place < len(behind) and behind[place].first < rejoining.place:
                         place += 1

@@ -82,7 +82,7 @@ class _Reading(NamedTuple):
         num_accepted: drafted tokens that head 1 agrees with, before the first that it does not.
         guesses: of heads 2..K, behind `tokens[num_accepted]`.
         following: of head 2, behind `tokens` at the first places where they are not the draft's; empty unless the
-            strategy reads along.
+            strategy wants `further`.
         further: of heads 2, 3, …, behind head 1's token after the whole draft; empty unless the strategy wants them.
     """
 
@@ -392,9 +392,8 @@ class DecodingLoop:
         asked = []  # of heads 2..K, at which places of each row
         if self.strategy.num_guesses:
             asked.append((num_accepted_B[:, None], self.strategy.num_guesses))
-        if self.strategy.reads_along:
-            asked.append((_first_places(draft_BJ != tokens_BR[:, :-1], NUM_MISTAKES), 1))
         if self.strategy.num_further:
+            asked.append((_first_places(draft_BJ != tokens_BR[:, :-1], NUM_MISTAKES), 1))
             asked.append(((draft_BJ >= 0).sum(-1, keepdim=True), self.strategy.num_further))
         columns += self._guess(hidden_BRD, tokens_BR, asked)
 

@@ -22,14 +22,12 @@ class Strategy:
 
     Attributes:
         num_guesses: heads behind head 1 to evaluate after each call.
-        reads_along: whether to evaluate head 2 along the draft, too, not only behind what stands.
-        num_further: heads behind head 1 to evaluate at the draft's end.
+        num_further: heads behind head 1 to evaluate at the draft's end; then head 2 is evaluated at its mistakes, too.
         accepts_other_tokens: whether a drafted token that stands may be another than head 1's best.
         trusts_heads: whether guesses of heads 2..K may be emitted unchecked.
     """
 
     num_guesses = 0
-    reads_along = False
     num_further = 0
     accepts_other_tokens = False
     trusts_heads = False
@@ -81,7 +79,6 @@ class Verification(Strategy):
 
     def __init__(self, num_guesses: int, *, num_further: int = 0):
         self.num_guesses, self.num_further = num_guesses, num_further
-        self.reads_along = num_further > 0
 
     def propose(self, drafter: Drafter, emitted: Sequence[int], guesses: Sequence[DraftToken]) -> Sequence[DraftToken]:
         return drafter.propose(emitted, guesses)

@@ -160,7 +160,7 @@ def fit(
 def blotted(frames_BTD: Tensor, longest_seconds: float) -> Tensor:
     """Encoder frames (B, T, D) with zeros in one stretch for each two seconds, anywhere, evenly up to so long."""
     B, T, _ = frames_BTD.shape
-    num_stretches, longest = round(seconds_of(T) / 2), longest_seconds * T / max(1e-9, seconds_of(T))
+    num_stretches, longest = round(seconds_of(T) / 2), longest_seconds / seconds_of(1)
     starts_BN1 = torch.rand(B, num_stretches, 1, device=frames_BTD.device) * T
     behind_BNT = torch.arange(T, device=frames_BTD.device) - starts_BN1
     within_BNT = (behind_BNT >= 0) & (behind_BNT < longest * torch.rand_like(starts_BN1))
