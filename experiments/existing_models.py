@@ -28,7 +28,7 @@ from lhotse.cut import Cut
 from leapasr.data.manifests import read_manifest, spread
 from leapasr.decoding import DecodingOptions
 from leapasr.evaluation.bench import BenchRow, Utterances, bench
-from leapasr.evaluation.evaluate import evaluate, reference_of, samples_of
+from leapasr.evaluation.evaluate import Report, evaluate, reference_of, samples_of
 from leapasr.evaluation.peers import FasterWhisper
 from leapasr.evaluation.systems import GenerateWhisper, Leapasr, System, Whisper
 from leapasr.training.distillation import GROUP
@@ -71,20 +71,24 @@ OTHERS = [
 ]
 
 
+def evaluated(transcriber: WhisperTranscriber, cuts: Sequence[Cut], batch_size: int) -> dict[str, Report]:
+    """By the name of each strategy, autoregressive decoding first."""
+    strategies = {"autoregressive": AUTOREGRESSIVE, **STRATEGIES}
+    reports = evaluate(transcriber, cuts, list(strategies.values()), batch_size=batch_size)
+    return dict(zip(strategies, reports, strict=True))
+
+
 def words(transcriber: WhisperTranscriber, cuts: Sequence[Cut], batch_size: int) -> Iterator[tuple[str, object]]:
     """What was written, in how many calls, and whether it is what `generate` writes: names and values of a row."""
-    reports = evaluate(transcriber, cuts, [AUTOREGRESSIVE, *STRATEGIES.values()], batch_size=batch_size)
+    reports = evaluated(transcriber, cuts, batch_size)
     generated = GenerateWhisper(transcriber).run([samples_of(cut) for cut in cuts], batch_size).tokens
     assert generated is not None
-    for name, report in zip(("autoregressive", *STRATEGIES), reports, strict=True):
+    for name, report in reports.items():
         same = sum(ours.tokens == theirs for ours, theirs in zip(report.utterances, generated, strict=True))
         yield f"same_as_generate_{name}", same / len(generated)
         yield f"call_reduction_{name}", report.call_reduction
-    yield "wer", reports[0].wer
-    yield "wer_low", reports[0].wer_low
-    yield "wer_high", reports[0].wer_high
-    yield "ctc_wer", reports[0].ctc_wer
-    yield "audio_hours", reports[0].audio_seconds / 3600
+    for name in ("wer", "wer_low", "wer_high", "ctc_wer", "audio_seconds"):
+        yield name, getattr(reports["autoregressive"], name)
 
 
 def times(
@@ -181,7 +185,7 @@ def compared(one: Fit, model: str, speech: Path, home: Path, updates: int, limit
     transcriber = load(model, adapter=folder)
     assert isinstance(transcriber, WhisperTranscriber)
     cuts = spread(list(read_manifest(speech / "librispeech" / "manifest.jsonl", use="dev").cuts), limit)
-    reports = evaluate(transcriber, cuts, [AUTOREGRESSIVE, *STRATEGIES.values()], batch_size=8)
+    reports = evaluated(transcriber, cuts, 8)
     assert transcriber.heads is not None
     log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return {
@@ -192,12 +196,9 @@ def compared(one: Fit, model: str, speech: Path, home: Path, updates: int, limit
         "updates": transcriber.heads.config.updates,
         "megabytes": sum(path.stat().st_size for path in folder.glob("heads.*")) / 1e6,
         "accuracies": [log[-1][f"dev_accuracy_{k}"] for k in range(2, transcriber.heads.config.num_heads + 1)],
-        "ctc_wer": reports[0].ctc_wer,
+        "ctc_wer": reports["autoregressive"].ctc_wer,
         "num_utterances": len(cuts),
-        **{
-            f"call_reduction_{name}": report.call_reduction
-            for name, report in zip(("autoregressive", *STRATEGIES), reports, strict=True)
-        },
+        **{f"call_reduction_{name}": report.call_reduction for name, report in reports.items()},
     }
 
 

@@ -4,6 +4,7 @@ import json
 from collections import Counter
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from importlib import resources
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from typer.testing import CliRunner
 from leapasr.chunks import Chunk
 from leapasr.cli import app
 from leapasr.decoding import DecodingOptions
-from leapasr.model.fitted_heads import FittedHeads
+from leapasr.model.fitted_heads import SHIPPED, FittedHeads
 from leapasr.model.whisper import fingerprint
 from leapasr.training.distillation import OF_ONE, PAUSE_SECONDS, WITH, Distillation, find_recordings, joined
 from leapasr.training.fit import FitConfig, blotted, fit
@@ -257,6 +258,14 @@ def test_heads_inside_the_package_are_found_by_the_weights(folder, manifest, tmp
     model.save_pretrained(other)
     assert load(other).decoder.num_heads == 1
     assert FittedHeads.load(tmp_path / "pretrained" / "heads" / "tiny").config.num_heads == 3
+
+
+def test_heads_inside_the_package_are_whole_small_and_say_whose_they_are():
+    homes = list(resources.files("leapasr").joinpath(*SHIPPED).glob("*/"))
+    assert {FittedHeads.load(home).config.base_model: home.name for home in homes} == {
+        "openai/whisper-tiny.en": "whisper-tiny.en",
+    }
+    assert sum(path.stat().st_size for home in homes for path in home.iterdir()) <= 8_000_000
 
 
 def test_a_model_that_writes_no_word_has_no_word_errors(folder, manifest, tmp_path, monkeypatch):

@@ -41,6 +41,7 @@ DEV_SHARE, MIN_DEV, MAX_DEV = 0.02, 2, 64  # of the lessons: not learnt from, bu
 SORTED_BATCHES = 32  # lessons of so many batches are sorted by length, for little padding
 
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
+CTCLogits = tuple[Tensor, Tensor]  # (B, T', P), and their lengths (B,)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,7 +245,7 @@ class Fitting:
             advance(self.update)
             while self.update < self.config.updates:
                 torch.manual_seed(self.config.seed + self.update)
-                loss, figures = self.loss(next(batches), training=True)
+                loss, figures, _ = self.loss(next(batches), training=True)
                 loss.backward()
                 norm = self.optimizer.step(learning_rate(self.config.stage, self.update), self.config.stage.max_norm)
                 if not math.isfinite(norm):
@@ -268,8 +269,8 @@ class Fitting:
             self.heads.save(self.output)
         self.checkpoint.unlink(missing_ok=True)
 
-    def loss(self, names: Sequence[str], *, training: bool) -> tuple[Tensor, dict[str, Any]]:
-        """Loss of all heads on lessons, and figures for the log: cross-entropies, and each head's accuracy."""
+    def loss(self, names: Sequence[str], *, training: bool) -> tuple[Tensor, dict[str, Any], CTCLogits]:
+        """Loss of all heads on lessons, figures for the log (cross-entropies, heads' accuracies), and CTC's logits."""
         batch = [self.lessons.lesson(name) for name in names]
         texts = [self._places[lesson.tokens] for lesson in batch]  # those that no head guesses are ignored
         text_BM = pad_sequence(texts, batch_first=True, padding_value=self.end).to(self.device)
@@ -292,10 +293,9 @@ class Fitting:
         figures: dict[str, Any] = {"ctc": ctc.detach()}
         for k, (ce, accuracy) in enumerate(zip(losses[1:], accuracies[1:], strict=True), 2):
             figures |= {f"ce_{k}": ce.detach(), f"accuracy_{k}": accuracy}
-        return ctc + mtp, figures
+        return ctc + mtp, figures, (ctc_logits, ctc_lengths_B)
 
-    def _read(self, batch: Sequence[Lesson], *, training: bool) -> tuple[Tensor, Tensor]:
-        """CTC logits (B, T', P) of lessons, and their lengths (B,)."""
+    def _read(self, batch: Sequence[Lesson], *, training: bool) -> CTCLogits:
         frames_BTD = pad_sequence([lesson.frames for lesson in batch], batch_first=True).to(self.device, self.dtype)
         lengths_B = torch.tensor([len(lesson.frames) for lesson in batch], device=self.device)
         if training:
@@ -320,10 +320,9 @@ class Fitting:
         written: list[str] = []
         batches = list(self._cut(self.dev))
         for names in batches:
-            _, figures = self.loss(names, training=False)
+            _, figures, ctc = self.loss(names, training=False)
             sums = {name: sums.get(name, 0.0) + float(value) / len(batches) for name, value in figures.items()}
-            logits_BTC, lengths_B = self._read([self.lessons.lesson(name) for name in names], training=False)
-            for row in greedy_ctc(logits_BTC, lengths_B, blank=BLANK):
+            for row in greedy_ctc(*ctc, blank=BLANK):
                 read.append(self.processor.decode_text(self.pieces.join(row, [1.0] * len(row))[0]))
             written += [self.processor.decode_text(self.lessons.tokens(name).tolist()) for name in names]
         if not any(map(NORMALIZER, written)):
