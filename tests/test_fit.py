@@ -13,12 +13,13 @@ import torch
 from test_whisper import build, speech
 from typer.testing import CliRunner
 
+from leapasr.audio import AudioError
 from leapasr.chunks import Chunk
 from leapasr.cli import app
 from leapasr.decoding import DecodingOptions
 from leapasr.model.fitted_heads import SHIPPED, FittedHeads
 from leapasr.model.whisper import fingerprint
-from leapasr.training.distillation import OF_ONE, PAUSE_SECONDS, WITH, Distillation, find_recordings, joined
+from leapasr.training.distillation import OF_ONE, PAUSE_SECONDS, WITH, Distillation, find_recordings, joined, learn
 from leapasr.training.fit import FitConfig, blotted, fit
 from leapasr.training.losses import shifted_labels
 from leapasr.transcriber import load
@@ -106,6 +107,31 @@ def test_lessons_hold_what_the_model_writes_and_the_states_it_writes_it_from(fol
     assert alone
     assert Distillation(tmp_path).lessons(recordings) == names
     assert not Distillation(tmp_path).missing(recordings)
+
+
+def test_recordings_that_give_no_lesson_cost_no_other_its_own(folder, manifest, tmp_path, monkeypatch):
+    model = load_whisper(str(folder), device=torch.device("cpu"), dtype=torch.float32, bare=True)
+    recordings, _ = find_recordings([manifest])
+    lost, unread = recordings[0], recordings[4]
+
+    def no_audio():
+        raise AudioError("gone")
+
+    def learn_of_others(transcriber, batch):
+        return {name: part for name, part in learn(transcriber, batch).items() if lost.key not in name}
+
+    monkeypatch.setattr("leapasr.training.distillation.GROUP", 2)
+    monkeypatch.setattr("leapasr.training.distillation.joined", lambda chunks, seconds: chunks)
+    monkeypatch.setattr("leapasr.training.distillation.learn", learn_of_others)
+    complaints: list[str] = []
+    parts = [replace(each, read=no_audio) if each is unread else each for each in recordings]
+    for several in (parts[:4], parts[:1] + parts[4:], recordings):  # resumed, each time with other audio
+        lessons = Distillation(tmp_path)
+        lessons.compute(model, lessons.missing(several), advance=lambda _: None, complain=complaints.append)
+        assert Distillation(tmp_path).missing(several) == ([parts[4]] if parts[4] in several else [])
+    assert complaints == ["gone"]
+    kept = {name.split(OF_ONE)[0] for name in Distillation(tmp_path).lessons(recordings)}
+    assert kept == {each.key for each in recordings if each is not lost}
 
 
 def chunk(name: str, seconds: float, language: str | None = "de") -> Chunk[str]:

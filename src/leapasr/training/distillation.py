@@ -42,6 +42,7 @@ GROUP = 64  # recordings whose lessons are written together: what an interruptio
 BATCH_SIZE = 16
 PAUSE_SECONDS = 0.3  # of silence between recordings that are joined
 PARTS = ("tokens", "states", "frames")
+WITHOUT = "without"  # in a shard's metadata: keys of recordings that gave no lesson
 OF_ONE, WITH = "-", "+"  # between recording and number in a lesson's name, and between those that are joined
 
 
@@ -126,6 +127,7 @@ class Distillation:
     def _take_in(self, path: Path) -> None:
         try:
             with safe_open(path, "pt") as shard:
+                self._done |= set((shard.metadata() or {}).get(WITHOUT, "").split())
                 for name in shard.keys():  # noqa: SIM118 (no mapping)
                     lesson, part = name.split("/")
                     self._shards[lesson] = path
@@ -167,7 +169,7 @@ class Distillation:
     ) -> None:
         """Let `transcriber`, without heads, write what is said in `recordings`, and keep what heads learn from.
 
-        Texts that were cut short are left out: the model was lost there.
+        Texts that were cut short are left out: the model was lost there. What cannot be read is tried again next time.
 
         Args:
             advance: is told how many recordings are done. complain: is told which cannot be read.
@@ -178,12 +180,14 @@ class Distillation:
         waiting = iter(recordings)
         while group := list(islice(waiting, GROUP)):
             chunks: list[Chunk[str]] = []
+            read = []
             for recording in group:
                 try:
                     samples = recording.read()
                 except AudioError as error:
                     complain(str(error))
                     continue
+                read.append(recording.key)
                 cut = transcriber.cut([(0, samples)], language=recording.language)
                 chunks += [
                     Chunk(f"{recording.key}{OF_ONE}{n}", 0.0, chunk.samples, chunk.language or transcriber.language)
@@ -192,13 +196,17 @@ class Distillation:
             tensors: dict[str, Tensor] = {}
             for batch in by_length(list(joined(chunks, transcriber.max_seconds)), BATCH_SIZE):
                 tensors |= learn(transcriber, transcriber.encode(batch))
-            if tensors:
-                self._write(f"{group[0].key}.safetensors", tensors)
+            if read:
+                self._write(read, tensors)
             advance(len(group))
 
-    def _write(self, name: str, tensors: dict[str, Tensor]) -> None:
+    def _write(self, read: Sequence[str], tensors: dict[str, Tensor]) -> None:
+        """Keep what was learnt of the recordings with these keys; of some it may be nothing."""
+        without = set(read) - {key for name in tensors for key in recordings_of(name.split("/")[0])}
+        name = hashlib.sha256(" ".join(read).encode()).hexdigest()[:24] + ".safetensors"
+        metadata = {WITHOUT: " ".join(sorted(without))}
         try:
-            replace_files(self.folder, lambda folder: save_file(tensors, folder / name))
+            replace_files(self.folder, lambda folder: save_file(tensors, folder / name, metadata))
         except SafetensorError as error:
             raise OSError(f"cannot write {self.folder / name}: {error}") from error
         self._take_in(self.folder / name)
