@@ -9,6 +9,7 @@ import soundfile
 from leapasr.audio import SAMPLE_RATE
 from leapasr.data import synthesis
 from leapasr.data.synthesis import (
+    ENGLISH_SHARES,
     Utterance,
     installed_engines,
     parse_voices,
@@ -17,6 +18,7 @@ from leapasr.data.synthesis import (
     read_paragraphs,
     speak,
     synthesize,
+    usual_voices,
 )
 from leapasr.text import speakable
 
@@ -56,15 +58,23 @@ def test_another_language_has_the_voices_that_speak_it():
     utterances = plan([f"text {n}" for n in range(300)], {"espeak-ng": 1.0}, seed=1, language="de")
     assert {utterance.voice for utterance in utterances} == {"de" + each for each in synthesis.ESPEAK_VARIANTS}
     assert utterances[0].id == "syn-de-1-0000000"
-    with pytest.raises(ValueError, match=r"flite, hibari cannot speak 'de': choose of espeak-ng"):
+    with pytest.raises(ValueError, match=r"flite, hibari cannot speak 'de': choose of pico2wave, espeak-ng"):
         plan(["text"], {"espeak-ng": 1.0, "hibari": 1.0, "flite": 1.0}, seed=1, language="de")
 
 
-@needs("espeak-ng")
-def test_another_language_is_spoken_and_said_so(tmp_path):
+@pytest.mark.parametrize(("language", "engines"), [("de", {"pico2wave"}), ("pl", {"espeak-ng"})])
+def test_a_language_is_spoken_by_what_serves_it_best(language, engines):
+    usual = parse_voices(usual_voices(language))
+    assert usual.keys() == engines
+    plan(["text"], usual, seed=1, language=language)  # these engines do speak it
+    assert usual_voices("en") == ENGLISH_SHARES
+
+
+@pytest.mark.parametrize("engine", [pytest.param(each, marks=needs(each)) for each in ("pico2wave", "espeak-ng")])
+def test_another_language_is_spoken_and_said_so(tmp_path, engine):
     texts = ["Über sieben Brücken musst du gehen.", "- Sieben dunkle Jahre überstehen."]
     with pytest.raises(ValueError, match="the text is too short"):
-        synthesize(texts, tmp_path, hours=1, engines={"espeak-ng": 1.0}, language="de", num_workers=1)
+        synthesize(texts, tmp_path, hours=1, engines={engine: 1.0}, language="de", num_workers=1)
     lines = [json.loads(line) for line in (tmp_path / "manifest.jsonl").read_text().splitlines()]
     assert [(line["text"], line["language"]) for line in lines] == [(text, "de") for text in texts]
 
@@ -93,7 +103,10 @@ def test_a_plan_gives_every_text_a_voice_by_share():
 
 @pytest.mark.parametrize(
     ("engine", "voice"),
-    [pytest.param(e, v, marks=needs(e)) for e, v in (("espeak-ng", "en-gb"), ("flite", "slt"), ("hibari", "heart"))],
+    [
+        pytest.param(engine, voice, marks=needs(engine))
+        for engine, voice in (("espeak-ng", "en-gb"), ("flite", "slt"), ("hibari", "heart"), ("pico2wave", "en-GB"))
+    ],
 )
 def test_every_engine_speaks(engine, voice):
     text = "The cat sat on the mat, and the dog slept."

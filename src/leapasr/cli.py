@@ -744,19 +744,20 @@ def synthesize(
     text: Annotated[Path, typer.Argument(help="Prose, plain or .xz, a paragraph a line.")],
     output: Annotated[Path, typer.Option(help="Folder for manifest.jsonl and audio; what is there is continued.")],
     hours: Annotated[float, typer.Option(min=0.0, help="Hours of speech, what is there already included.")],
-    language: Annotated[str, typer.Option(help="Code; other than English is spoken by espeak-ng alone.")] = "en",
+    language: Annotated[str, typer.Option(help="Code.")] = "en",
     voices: Annotated[
         str | None,
-        typer.Option(help="Speech engines with shares, by commas; in English hibari:0.9,espeak-ng:0.04,flite:0.06."),
+        typer.Option(
+            help="Speech engines with shares, by commas; in English hibari:0.9,espeak-ng:0.04,flite:0.06, in German, "
+            "Spanish, French and Italian pico2wave, else espeak-ng."
+        ),
     ] = None,
     workers: Annotated[int, typer.Option(min=1, help="Processes.")] = 2,
     seed: Annotated[int, typer.Option(help="Of the texts' order, voices and speeds.")] = 1,
 ) -> None:
     """Speak prose with the voices that are installed: training data."""
-    from leapasr.data.synthesis import ENGLISH, ENGLISH_SHARES, parse_voices, passages, read_paragraphs
+    from leapasr.data.synthesis import parse_voices, passages, read_paragraphs, usual_voices
     from leapasr.data.synthesis import synthesize as synthesize_speech
-
-    voices = voices or (ENGLISH_SHARES if language == ENGLISH else "espeak-ng")
 
     with reported(), progress_bar("speaking", total=hours * 3600, unit="s of speech") as advance:
         spoken = 0.0
@@ -770,7 +771,7 @@ def synthesize(
             passages(read_paragraphs(text), seed=seed, language=language),
             output,
             hours=hours,
-            engines=parse_voices(voices),
+            engines=parse_voices(voices or usual_voices(language)),
             seed=seed,
             language=language,
             num_workers=workers,
