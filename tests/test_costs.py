@@ -1,6 +1,7 @@
 """What a wider call costs, and how much of a draft is worth it."""
 
 import json
+from collections import Counter
 from itertools import accumulate, pairwise
 from operator import mul
 
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from test_decoding import MAX_TOKENS, VERIFY, make_prompts, outcomes, scripted
 
 from leapasr.decoding import DecodingOptions, SpeechLlamaDecoder, decode
+from leapasr.decoding import costs as costs_module
 from leapasr.decoding.costs import CARRIED, FREE, CallCosts, measure_costs, num_worth_drafting, tune
 from leapasr.decoding.reference import beam_reference, decode_reference
 
@@ -102,6 +104,21 @@ def test_measured_costs_rise(decoder):
         assert all(0 < narrow <= wide for narrow, wide in pairwise(row))
     for few, many in pairwise(costs.seconds):
         assert all(a <= b for a, b in zip(few, many, strict=True))
+
+
+def test_calls_too_wide_to_wait_for_lie_on_the_line_before_them(decoder, monkeypatch):
+    timed = []
+
+    def seconds(decoder, cache, width):
+        timed.append((len(cache.lengths), width))
+        return 1.0 + len(cache.lengths) * width
+
+    monkeypatch.setattr(costs_module, "_seconds", seconds)
+    measured = measure_costs(decoder)
+    assert max(rows * width for rows, width in timed) == costs_module.MAX_TOKENS
+    assert Counter(timed)[32, 8] == 2  # once to warm up, and not again: that took longer than patience lasts
+    expected = [[1.0 + rows * width for width in costs_module.WIDTHS] for rows in costs_module.NUM_ROWS]
+    assert [list(row) for row in measured.seconds] == expected
 
 
 def test_costs_are_measured_once(decoder, tmp_path, monkeypatch):

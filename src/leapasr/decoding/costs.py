@@ -30,7 +30,9 @@ from leapasr.model.argmax import argmax
 NUM_ROWS, WIDTHS = (1, 8, 32), (1, 8, 32, 128)
 SLOTS = 128  # in the cache when a call is timed
 CARRIED = 0.5  # of a drafted token's worth is left behind a mistake: the call that finds it corrects the rest
+MAX_TOKENS = 256  # in a call that is timed: wider ones cost what a straight line says
 REPETITIONS = 5  # of which the quickest counts: others may have been disturbed
+PATIENCE = 0.3  # seconds after which a call is not repeated
 
 
 @dataclass(frozen=True)
@@ -83,22 +85,36 @@ def measure_costs(decoder: Decoder) -> CallCosts:
     table: list[tuple[float, ...]] = []
     for num_rows in NUM_ROWS:
         cache = decoder.new_cache(Prompts(torch.empty(num_rows, 0, 0), torch.zeros(num_rows, dtype=torch.long)))
-        _seconds(decoder, cache, SLOTS)
+        _call(decoder, cache, SLOTS)
         cache.commit([SLOTS] * num_rows)
         row: list[float] = []
         for index, width in enumerate(WIDTHS):
-            _seconds(decoder, cache, width)  # kernels are built, room is made
-            quickest = min(_seconds(decoder, cache, width) for _ in range(REPETITIONS))
-            row.append(max([quickest, *row[-1:], *(above[index] for above in table[-1:])]))
+            if num_rows * width > MAX_TOKENS:
+                seconds = _on_lines(WIDTHS[:index], row, width)
+            else:
+                seconds = _quickest(decoder, cache, width)
+            row.append(max([seconds, *row[-1:], *(above[index] for above in table[-1:])]))
         table.append(tuple(row))
     return CallCosts(NUM_ROWS, WIDTHS, tuple(table))
 
 
-def _seconds(decoder: Decoder, cache: RaggedCache, width: int) -> float:
+def _quickest(decoder: Decoder, cache: RaggedCache, width: int) -> float:
+    _seconds(decoder, cache, width)  # kernels are built, room is made
+    seconds: list[float] = []
+    while len(seconds) < REPETITIONS and sum(seconds) < PATIENCE:
+        seconds.append(_seconds(decoder, cache, width))
+    return min(seconds)
+
+
+def _call(decoder: Decoder, cache: RaggedCache, width: int) -> torch.Tensor:
     tokens_BW = torch.zeros(len(cache.lengths), width, dtype=torch.long, device=decoder.device)
-    start = time.perf_counter()
     positions_BW, mask_B1WS = cache.plan(width, decoder.dtype)
-    hidden_BWD = decoder.call(decoder.embed(tokens_BW, tokens_BW), positions_BW, mask_B1WS, cache)
+    return decoder.call(decoder.embed(tokens_BW, tokens_BW), positions_BW, mask_B1WS, cache)
+
+
+def _seconds(decoder: Decoder, cache: RaggedCache, width: int) -> float:
+    start = time.perf_counter()
+    hidden_BWD = _call(decoder, cache, width)
     best_BW = argmax(decoder.logits(hidden_BWD, exact=False))
     best_BW.tolist()
     if decoder.num_heads > 1:
@@ -116,8 +132,7 @@ def fastest_ways(decoder: Decoder) -> Ways:
         decoder.prepare(ways)
         seconds[ways] = 0.0
         for width in WIDTHS[:-1]:
-            _seconds(decoder, cache, width)  # kernels are built, room is made
-            seconds[ways] += min(_seconds(decoder, cache, width) for _ in range(REPETITIONS))
+            seconds[ways] += _quickest(decoder, cache, width)
     return min(seconds, key=lambda ways: seconds[ways])
 
 
