@@ -54,7 +54,7 @@ def installed_engines() -> list[str]:
 def usual_voices(language: str) -> str:
     """Engines with shares, as `parse_voices` reads them, that serve a language best.
 
-    Whisper base hears 17 to 30% of pico2wave's words wrong, and 54 to 90% of espeak-ng's (docs/existing-models.md).
+    Whisper base hears 17 to 30% of pico2wave's words wrong, and 54 to 92% of espeak-ng's (docs/existing-models.md).
     """
     if language == ENGLISH:
         return ENGLISH_SHARES
