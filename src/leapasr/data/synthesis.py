@@ -154,17 +154,15 @@ def speak(utterance: Utterance) -> np.ndarray:
 
         _HIBARI = _HIBARI or Hibari(threads=1)
         return resample(_HIBARI(utterance.text, speed=utterance.speed, seed=utterance.seed), 24_000)
+    rng = random.Random(utterance.seed)
     with tempfile.NamedTemporaryFile(suffix=".wav") as wav:
         if utterance.engine == "espeak-ng":
-            rng = random.Random(utterance.seed)
             command = ["espeak-ng", "-v", utterance.voice, "-s", str(int(165 * utterance.speed))]
             command += ["-p", str(rng.randint(20, 80)), "-w", wav.name, "--", utterance.text]  # "- Ja" is a text
         elif utterance.engine == "pico2wave":
-            pitch = random.Random(utterance.seed).randint(75, 135)
-            tags = (
-                f'<pitch level="{pitch}"><speed level="{int(100 * utterance.speed)}">{utterance.text}</speed></pitch>'
-            )
-            command = ["pico2wave", "-l", utterance.voice, "-w", wav.name, "--", tags]
+            pitch, speed = rng.randint(75, 135), int(100 * utterance.speed)
+            tagged = f'<pitch level="{pitch}"><speed level="{speed}">{utterance.text}</speed></pitch>'
+            command = ["pico2wave", "-l", utterance.voice, "-w", wav.name, "--", tagged]
         elif utterance.engine == "flite":
             command = ["flite", "-voice", utterance.voice, "--setf", f"duration_stretch={1 / utterance.speed:.2f}"]
             command += ["-t", utterance.text, "-o", wav.name]
