@@ -160,10 +160,10 @@ def test_ways_can_be_taken_back(build_tiny_model):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_argmax_is_the_first_of_the_likeliest(dtype):
-    logits = torch.randn(3, 4, 500, generator=torch.Generator().manual_seed(0)).to(dtype)
+    logits = torch.randn(3, 30, 500, generator=torch.Generator().manual_seed(0)).to(dtype)
     logits[1, 2, [70, 30, 400]] = 9.0
     assert argmax(logits)[1, 2] == 30
     assert torch.equal(argmax(logits), logits.argmax(-1))
     assert torch.equal(argmax(logits.transpose(0, 1)), logits.transpose(0, 1).argmax(-1))
-    assert argmax(logits[:0]).shape == (0, 4)
+    assert argmax(logits[:0]).shape == (0, 30)
     assert argmax(logits).dtype == torch.int64

@@ -14,6 +14,7 @@ from torch import Tensor
 from leapasr.decoding.drafts import Reading
 from leapasr.model.adapter import begins
 from leapasr.model.argmax import argmax
+from leapasr.model.encoders import padding_mask
 
 
 def greedy_ctc(logits_BTV: Tensor, lengths_B: Tensor, *, blank: int) -> list[list[int]]:
@@ -34,18 +35,17 @@ def greedy_ctc(logits_BTV: Tensor, lengths_B: Tensor, *, blank: int) -> list[lis
 
 def read_ctc(logits_BTV: Tensor, lengths_B: Tensor, *, blank: int) -> list[Reading]:
     """What `greedy_ctc` reads, with the probability of each token where it is surest; arguments as there."""
-    best_BT, scores_BTV = argmax(logits_BTV), logits_BTV.float()
-    probabilities_BT = (scores_BTV.gather(-1, best_BT[..., None])[..., 0] - scores_BTV.logsumexp(-1)).exp()
-    begins_BT = begins(best_BT, blank)
-    runs_BT = begins_BT.cumsum(1) - 1
+    best_BT = argmax(logits_BTV)
+    valid_BT = padding_mask(lengths_B, best_BT.shape[1])
+    begins_BT, spoken_BT = begins(best_BT, blank) & valid_BT, (best_BT != blank) & valid_BT
+    scores_NV = logits_BTV[spoken_BT].float()  # a few of all frames: most are blank
+    probabilities_N = (scores_NV.gather(-1, best_BT[spoken_BT][:, None])[:, 0] - scores_NV.logsumexp(-1)).exp()
+    of_rows = probabilities_N.split(spoken_BT.sum(-1).tolist())
     readings = []
-    for best, begin, runs, probabilities, length in zip(
-        best_BT, begins_BT, runs_BT, probabilities_BT, lengths_B.tolist(), strict=True
-    ):
-        tokens = best[:length][begin[:length]]
-        spoken = (best[:length] != blank).nonzero()[:, 0]
+    for best, begin, spoken, probabilities in zip(best_BT, begins_BT, spoken_BT, of_rows, strict=True):
+        tokens = best[begin]
         surest = probabilities.new_zeros(len(tokens))
-        surest.scatter_reduce_(0, runs[spoken], probabilities[spoken], "amax")
+        surest.scatter_reduce_(0, begin.cumsum(0)[spoken] - 1, probabilities, "amax")
         readings.append(Reading(tokens.tolist(), surest.tolist()))
     return readings
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+WIDENED = 32  # rows of bfloat16 that become float32 at a time: so many stay in a core's cache
 BLOCK = 128  # neighbours of which `top` first takes the best alone
 
 
@@ -17,7 +18,11 @@ def argmax(logits: Tensor) -> Tensor:
     if logits.device.type != "cpu" or torch.compiler.is_compiling():
         return logits.argmax(-1)
     values = logits.detach()
-    return torch.from_numpy((values.float() if values.dtype == torch.bfloat16 else values).numpy().argmax(-1))
+    if values.dtype != torch.bfloat16:
+        return torch.from_numpy(values.numpy().argmax(-1))
+    rows = values.reshape(-1, values.shape[-1]).split(WIDENED)  # NumPy has no bfloat16
+    best = [torch.from_numpy(row.float().numpy().argmax(-1)) for row in rows]
+    return torch.cat(best).view(values.shape[:-1]) if best else torch.empty(values.shape[:-1], dtype=torch.long)
 
 
 def top(logits: Tensor, number: int) -> Tensor:

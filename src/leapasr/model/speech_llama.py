@@ -41,7 +41,8 @@ _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "r
 class SpeechEncoding:
     """What the speech side gives for a batch.
 
-    ctc_logits_BTV (B, T, V) at `model.ctc_frame_rate` frames a second with lengths ctc_lengths_B (B,);
+    ctc_logits_BTV (B, T, V), in the speech side's dtype, at `model.ctc_frame_rate` frames a second with lengths
+    ctc_lengths_B (B,);
     embeddings_BLD (B, L, D) for the decoder's prompt or memory ((B, L, 2D) where draft layers remember others) with
     lengths lengths_B (B,) and positions positions_BL (B, L).
     """
@@ -90,6 +91,8 @@ def join_rows(
 
 def _stack(rows: Sequence[Tensor], lengths_B: Tensor) -> Tensor:
     """Rows (1, T, ...), of which so many places are real, in one tensor (B, max(lengths), ...), zeros behind them."""
+    if len(rows) == 1:
+        return rows[0][:, : int(lengths_B)]  # no copy: CTC logits are many
     return pad_sequence([row[0, :length] for row, length in zip(rows, lengths_B, strict=True)], batch_first=True)
 
 
@@ -293,9 +296,8 @@ class SpeechLlamaForConditionalGeneration(PreTrainedModel):
             ctc_logits = self.ctc_head(frames)
         if self.config.speech_as_memory:
             frames, _ = stack_frames(frames_BTD, lengths_B, self.config.encoder_stacking)
-        frames, ctc_logits = frames.to(self.decoder.dtype), ctc_logits.to(self.decoder.dtype)
         embeddings, lengths_B, positions_BL = self.speech_projection(
-            frames, ctc_lengths_B, ctc_logits, self.get_input_embeddings().weight
+            frames.to(self.decoder.dtype), ctc_lengths_B, ctc_logits, self.get_input_embeddings().weight
         )
         return SpeechEncoding(ctc_logits, ctc_lengths_B, embeddings, lengths_B, positions_BL)
 
