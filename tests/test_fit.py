@@ -205,6 +205,34 @@ def test_an_interrupted_fit_gives_the_heads_of_an_uninterrupted_one(folder, audi
     assert first == second
 
 
+def test_heads_that_are_there_are_gone_on_from(folder, audio, manifest, tmp_path):
+    run(folder, [manifest], tmp_path / "first", replace(CONFIG, draft_vocabulary=30))
+    still = replace(CONFIG, updates=1, learning_rate=0.0, precision="fp32")
+    run(folder, [audio], tmp_path / "still", still, init=tmp_path / "first")
+    first, then = FittedHeads.load(tmp_path / "first"), FittedHeads.load(tmp_path / "still")
+    assert then.tokens.tolist() == first.tokens.tolist()
+    for name, weight in first.state_dict().items():
+        torch.testing.assert_close(then.state_dict()[name], weight, atol=0.01 * float(weight.abs().max()), rtol=0)
+    assert then.config.fitted_on == (*first.config.fitted_on, f"{audio.parent.name}/{audio.name}")
+    assert (then.config.updates, then.config.base_model) == (CONFIG.updates + 1, first.config.base_model)
+
+
+def test_heads_to_go_on_from_must_be_of_the_model_and_the_shape(folder, audio, manifest, tmp_path):
+    run(folder, [manifest], tmp_path / "first")
+    for name, value, there in (("num_heads", 4, 3), ("head_type", "latent", "sequential"), ("adapter_size", 32, 16)):
+        with pytest.raises(ValueError, match=f"{name} is {value}, and {there} in the heads"):
+            run(folder, [audio], tmp_path / "other", replace(CONFIG, **{name: value}), init=tmp_path / "first")
+    with pytest.raises(ValueError, match="num_pieces 280 makes 280 pieces"):
+        run(folder, [audio], tmp_path / "other", replace(CONFIG, num_pieces=280), init=tmp_path / "first")
+    with pytest.raises(ValueError, match="holds no fitted heads"):
+        run(folder, [audio], tmp_path / "other", init=tmp_path / "nowhere")
+    heads = FittedHeads.load(tmp_path / "first")
+    heads.config = replace(heads.config, base_weights="0" * 64)
+    heads.save(tmp_path / "strange")
+    with pytest.raises(ValueError, match="has other weights"):
+        run(folder, [audio], tmp_path / "other", init=tmp_path / "strange")
+
+
 def test_heads_learn(folder, manifest, tmp_path):
     config = replace(CONFIG, updates=60, eval_every=30, dropout=0.0, learning_rate=1e-2, batch_seconds=20.0)
     run(folder, [manifest], tmp_path, config)

@@ -613,6 +613,9 @@ def fit(
     adapter_layers: Annotated[int, typer.Option(min=1, help="Its layers.")] = 2,
     updates: Annotated[int, typer.Option(min=1, help="Updates of training.")] = 3000,
     learning_rate: Annotated[float, typer.Option(min=0, help="The peak.")] = 1e-3,
+    init: Annotated[
+        Path | None, typer.Option(help="Folder of heads to begin with, of the same model and shape; new ones without.")
+    ] = None,
     cache: Annotated[
         Path | None, typer.Option(help="Folder for what the model makes of the audio; in --output without it.")
     ] = None,
@@ -644,6 +647,7 @@ def fit(
                 learning_rate=learning_rate,
                 seed=seed,
             ),
+            init=init,
             cache=cache,
             language=language,
             device=device_of(device),

@@ -45,7 +45,8 @@ class FittedHeadsConfig:
         encoder_stacking, adapter_size, adapter_layers, adapter_attention_heads, adapter_ffn_size: of what lies between
             the encoder and the CTC head, as in `SpeechLlamaConfig`.
         num_tokens: C. num_pieces: P - 1, or what `Pieces` is to be asked for.
-        fitted_on: names of what the heads were fitted on. fitted_hours: of audio. updates: of training.
+        fitted_on: names of what the heads were fitted on. fitted_hours: of audio, in the last fit. updates: of
+            training, in all fits.
 
     Raises:
         ValueError: a field is out of range.

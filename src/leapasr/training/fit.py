@@ -97,6 +97,12 @@ class FitConfig:
     def dtype(self) -> torch.dtype:
         return PRECISIONS[self.precision]
 
+    def check(self, begin: FittedHeadsConfig) -> None:
+        """Raises ValueError unless heads of the configuration `begin` can be fitted further with this one."""
+        for name in ("num_heads", "head_type", "adapter_size", "adapter_layers"):
+            if (asked := getattr(self, name)) != (there := getattr(begin, name)):
+                raise ValueError(f"{name} is {asked}, and {there} in the heads to begin with: give {there}")
+
     @property
     def stage(self) -> Stage:
         """What the learning rate's course is told by."""
@@ -111,6 +117,7 @@ def fit(
     output: Path,
     config: FitConfig,
     *,
+    init: Path | None = None,
     cache: Path | None = None,
     language: str | None = None,
     device: torch.device | str = "cpu",
@@ -121,6 +128,8 @@ def fit(
 
     Args:
         model: hub name or folder. audio: manifests, and folders of audio files; transcripts are not read.
+        init: folder of heads of this model to begin with, of the shape that `config` names; they go on guessing the
+            tokens that they guessed.
         cache: where lessons are kept, for fits of several kinds; None: in `output`.
         language: of all audio; None takes what manifests say, and else lets the model detect it.
         progress: gives, for a description and a total, a context with what is told of each step.
@@ -130,17 +139,22 @@ def fit(
         `output`.
 
     Raises:
-        ValueError: there is nothing to learn from, or the model or the configuration cannot be used.
+        ValueError: there is nothing to learn from, or the model, the configuration or `init` cannot be used.
         TrainingError: a loss is not finite.
         OSError: the disk is full.
     """
     transcriber = load_whisper(
         model, device=torch.device(device), dtype=torch.float32, options=WhisperOptions(language=language), bare=True
     )
+    weights = fingerprint(transcriber.model)
+    begin = None
+    if init is not None:
+        begin = FittedHeads.load(init)
+        begin.check(weights, name=model)
+        config.check(begin.config)
     recordings, problems = find_recordings(audio)
     for problem in problems:
         complain(problem)
-    weights = fingerprint(transcriber.model)
     lessons = Distillation(
         (cache or output / "lessons") / f"{weights[:16]}{'' if language is None else '-' + language}"
     )
@@ -152,7 +166,7 @@ def fit(
     names = lessons.lessons(recordings)
     if len(names) < 2 * MIN_DEV:
         raise ValueError(f"{len(names)} stretches of speech to learn from: give at least {2 * MIN_DEV}, better hours")
-    fitting = Fitting(transcriber, lessons, names, config, output)
+    fitting = Fitting(transcriber, lessons, names, config, output, begin)
     fitting.describe(model, weights, [str(path) for path in audio])
     fitting.run(progress)
     return output
@@ -174,23 +188,29 @@ class Fitting:
     Args:
         transcriber: the frozen model. lessons, names: what to learn from.
         output: folder of the checkpoint, the log, and in the end of the heads.
+        begin: heads to begin with; None: new ones.
     """
 
     def __init__(
         self, transcriber: WhisperTranscriber, lessons: Distillation, names: Sequence[str], config: FitConfig,
-        output: Path,
+        output: Path, begin: FittedHeads | None = None,
     ):  # fmt: skip
-        self.lessons, self.config, self.output = lessons, config, output
+        self.lessons, self.config, self.output, self.begin = lessons, config, output, begin
         self.processor, self.device = transcriber.processor, transcriber.model.device
         order = torch.randperm(len(names), generator=torch.Generator().manual_seed(config.seed)).tolist()
         num_dev = min(MAX_DEV, max(MIN_DEV, round(DEV_SHARE * len(names))))
         self.dev, self.train = [names[n] for n in order[:num_dev]], [names[n] for n in order[num_dev:]]
-        self.tokens = self._draft_tokens(transcriber, names)
+        self.tokens = self._draft_tokens(transcriber, names) if begin is None else begin.tokens.tolist()
         self.end = self.tokens.index(min(transcriber.decoder.end_tokens))
         self._places = torch.full((transcriber.decoder.vocab_size,), IGNORED).scatter(
             0, torch.tensor(self.tokens), torch.arange(len(self.tokens))
         )
         self.pieces = Pieces(self.processor.tokenizer, config.num_pieces)
+        if begin is not None and len(self.pieces.ids) != begin.config.num_pieces:
+            raise ValueError(
+                f"num_pieces {config.num_pieces} makes {len(self.pieces.ids)} pieces, and the heads to begin with read "
+                f"{begin.config.num_pieces}"
+            )
         model = transcriber.model
         self.dtype = config.dtype
         self.unembedding_VD = model.proj_out.weight.detach().to(self.dtype)
@@ -209,12 +229,13 @@ class Fitting:
         return sorted({end, *by_worth[: self.config.draft_vocabulary]})
 
     def describe(self, model: str, weights: str, audio: Sequence[str]) -> None:
-        """Build new heads for the model of this name and fingerprint, fitted on `audio`."""
-        config = self.config
+        """Build heads for the model of this name and fingerprint, fitted on `audio`."""
+        config, before = self.config, None if self.begin is None else self.begin.config
         torch.manual_seed(config.seed)
+        fitted_on = tuple(f"{Path(path).parent.name}/{Path(path).name}" for path in audio)
         heads = FittedHeads(
             FittedHeadsConfig(
-                base_model=Path(model).name if Path(model).is_dir() else model,
+                base_model=before.base_model if before else Path(model).name if Path(model).is_dir() else model,
                 base_weights=weights,
                 hidden_size=self.encoder_size,
                 encoder_size=self.encoder_size,
@@ -225,13 +246,16 @@ class Fitting:
                 adapter_size=config.adapter_size,
                 adapter_layers=config.adapter_layers,
                 adapter_ffn_size=4 * config.adapter_size,
-                fitted_on=tuple(f"{Path(path).parent.name}/{Path(path).name}" for path in audio),
+                fitted_on=tuple(dict.fromkeys([*before.fitted_on, *fitted_on])) if before else fitted_on,
                 fitted_hours=round(sum(seconds_of(self.lessons.num_frames(name)) for name in self.train) / 3600, 2),
-                updates=config.updates,
+                updates=config.updates + (before.updates if before else 0),
             ),
             self.tokens,
         )
-        heads.reset_from(self.lm_head, self.norm)
+        if self.begin is None:
+            heads.reset_from(self.lm_head, self.norm)
+        else:
+            heads.load_state_dict(self.begin.state_dict())
         self.heads = heads.to(self.device)
         self.optimizer = MasterAdamW(self.heads.named_parameters(), averaging=0.999)
         cast(self.heads, self.dtype)
