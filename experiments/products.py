@@ -14,7 +14,7 @@ import time
 import torch
 from torch import Tensor, nn
 
-from leapasr.decoding.packing import Product, pack
+from leapasr.decoding.packing import PACKINGS, Product, packer
 
 SHAPES = ((432, 432), (432, 1536), (1536, 432))
 NUM_WEIGHTS = 20
@@ -42,9 +42,12 @@ def main() -> None:
     for width, size in SHAPES:
         for dtype in (torch.float32, torch.bfloat16):
             linears = [nn.Linear(width, size).to(dtype) for _ in range(NUM_WEIGHTS)]
-            for name, products in (("plain", linears), ("packed", [pack(linear) for linear in linears])):
+            for name in ("plain", *PACKINGS):
+                products: list[Product] = [packer(None if name == "plain" else name)(linear) for linear in linears]
+                if name != "plain" and products[0] is linears[0]:
+                    continue  # cannot be packed here
                 times = [
-                    microseconds(list(products), torch.randn(rows, width).to(dtype), arguments.tries)
+                    microseconds(products, torch.randn(rows, width).to(dtype), arguments.tries)
                     for rows in arguments.rows
                 ]
                 cells = " | ".join(f"{each:.0f}" for each in times)

@@ -12,7 +12,7 @@ from leapasr.decoding import DecodingOptions, SpeechLlamaDecoder, decode
 from leapasr.decoding.cache import RaggedCache
 from leapasr.decoding.interface import CausalLMDecoder, Ways
 from leapasr.decoding.lean import LeanLayers
-from leapasr.decoding.packing import pack
+from leapasr.decoding.packing import PACKINGS, pack
 from leapasr.model.argmax import argmax
 from leapasr.model.draft_layers import leave_out_feed_forward, read_hidden
 from leapasr.model.low_rank import add_low_rank
@@ -99,11 +99,12 @@ def test_what_lean_layers_do_not_fit(build_tiny_model):
 
 
 @pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("packing", PACKINGS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_packed_products(dtype, bias):
+def test_packed_products(dtype, packing, bias):
     generator = torch.Generator().manual_seed(1)
     linear = nn.Linear(72, 200, bias=bias).to(dtype).requires_grad_(False)
-    packed = pack(linear)
+    packed = pack(linear, packing)
     for shape in [(1,), (2,), (3, 5), (1, 40), (7, 31), (300,), (0,), (2, 0)]:
         x = torch.randn(*shape, 72, generator=generator).to(dtype)
         tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.02, "atol": 0.02}
@@ -112,11 +113,12 @@ def test_packed_products(dtype, bias):
             torch.testing.assert_close(packed(x.transpose(0, 1)), linear(x.transpose(0, 1)), **tolerance)
 
 
-def test_what_cannot_be_packed_stays():
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_what_cannot_be_packed_stays(packing):
     linear = nn.Linear(8, 8, dtype=torch.float64)
-    assert pack(linear) is linear
+    assert pack(linear, packing) is linear
     elsewhere = nn.Linear(8, 8, device="meta")
-    assert pack(elsewhere) is elsewhere
+    assert pack(elsewhere, packing) is elsewhere
 
 
 @pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="this PyTorch has no MKL")
@@ -128,13 +130,13 @@ def test_packed_weights_that_are_wrong_are_not_used(monkeypatch, wrong_for):
         return real(x, packed, weight, bias, num_rows) + (0.01 if num_rows == wrong_for else 0.0)
 
     linear = nn.Linear(8, 8)
-    assert pack(linear) is not linear
+    assert pack(linear, "mkl") is not linear
     monkeypatch.setattr(torch.ops.mkl, "_mkl_linear", wrong)
-    assert pack(linear) is linear
+    assert pack(linear, "mkl") is linear
 
 
 @pytest.mark.parametrize("strategy", ["autoregressive", "verify", "threshold", "beam"])
-@pytest.mark.parametrize("ways", [Ways(packed=True), Ways(packed=True, rough=True)])
+@pytest.mark.parametrize("ways", [*map(Ways, PACKINGS), Ways("mkl", rough=True), Ways("onednn", rough=True)])
 def test_packed_decoders_write_the_same(build_tiny_model, strategy, ways):
     fields = {"threshold": {"threshold": 0.02}, "beam": {"nbest": 4}}.get(strategy, {})
     drafts = None if strategy in ("autoregressive", "threshold") else "mtp"
@@ -152,7 +154,7 @@ def test_ways_can_be_taken_back(build_tiny_model):
     decoder = CausalLMDecoder(build_llama())
     hidden = torch.randn(2, 5, D)
     before = decoder.logits(hidden, exact=False)
-    decoder.prepare(Ways(packed=True, rough=True))
+    decoder.prepare(Ways("onednn", rough=True))
     assert not torch.equal(decoder.logits(hidden, exact=False), before)
     decoder.prepare(Ways())
     assert torch.equal(decoder.logits(hidden, exact=False), before)

@@ -159,6 +159,7 @@ def test_other_files_are_no_traces(tmp_path, content, message):
         ({"size": "3t"}, "decoder size '3t': choose one of 125m, 1b, 8b"),
         ({"rounds": 0}, "rounds and batch sizes must be at least 1, got 0"),
         ({"dtype": "mixed"}, "dtype 'mixed' is for a model with a speech side"),
+        ({"dtype": "auto"}, "dtype 'auto' is for a model with a speech side"),
     ],
 )
 def test_bad_arguments(arguments, message):

@@ -56,7 +56,7 @@ def test_what_is_not_likely_is_rough():
     unembedding, hidden = build(), states(30)
     rough = RoughUnembedding(unembedding)
     exact, found = unembedding(hidden), rough.logits(hidden)
-    same = torch.isclose(found, exact, rtol=1e-6, atol=1e-6).sum(-1)
+    same = torch.isclose(found, exact, rtol=1e-5, atol=1e-5).sum(-1)
     assert (same >= NUM_CANDIDATES).all()
     assert (same < V).all()
     assert (found - exact).abs().max() < 0.1 * exact.abs().max()

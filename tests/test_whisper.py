@@ -354,7 +354,7 @@ def test_a_row_gets_what_it_gets_alone(model, decoder, frames, timestamps):
             assert outcomes([results[key]]) == outcomes([alone[row]])
 
 
-@pytest.mark.parametrize("ways", [Ways(packed=True), Ways(rough=True), Ways(packed=True, rough=True)])
+@pytest.mark.parametrize("ways", [Ways("mkl"), Ways("onednn"), Ways(rough=True), Ways("onednn", rough=True)])
 @pytest.mark.parametrize("timestamps", [False, True])
 def test_other_ways_of_computing_write_the_same(model, frames, ways, timestamps):
     decoder = decoder_of(model)

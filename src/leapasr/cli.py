@@ -80,8 +80,11 @@ Limit = Annotated[int | None, typer.Option(min=1, help="So many utterances, spre
 BatchSize = Annotated[int, typer.Option(min=1, help="Stretches of audio computed together.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; a GPU, if there is one, without it.")]
 Dtype = Annotated[
-    Literal["float32", "mixed", "bfloat16", "float16"],
-    typer.Option(help="Floating-point type to compute in; mixed: speech side in bfloat16, decoder in float32."),
+    Literal["float32", "auto", "mixed", "bfloat16", "float16"],
+    typer.Option(
+        help="Floating-point type to compute in; mixed: speech side in bfloat16, decoder in float32; auto: mixed where "
+        "that is faster, else float32."
+    ),
 ]
 
 

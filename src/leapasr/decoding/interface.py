@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from leapasr.decoding.cache import RaggedCache
 from leapasr.decoding.lean import LeanLayers
-from leapasr.decoding.packing import Product, as_it_is, pack
+from leapasr.decoding.packing import Packing, Product, packer
 from leapasr.decoding.unembedding import RoughUnembedding
 from leapasr.model.draft_layers import DraftLayers, read_hidden
 from leapasr.model.mtp_heads import MTPHeads
@@ -71,11 +71,11 @@ class Ways:
     """Ways to compute the same, of which a machine has its fastest.
 
     Attributes:
-        packed: weights are packed for products of few rows (`packing`).
+        packing: how weights are packed for products of few rows (`packing`); None: not at all.
         rough: logits that need not be exact are rough (`unembedding`).
     """
 
-    packed: bool = False
+    packing: Packing | None = None
     rough: bool = False
 
 
@@ -218,7 +218,7 @@ class CausalLMDecoder:
         )
 
     def prepare(self, ways: Ways) -> None:
-        how = pack if ways.packed else as_it_is
+        how = packer(ways.packing)
         self._unembed = how(self.lm_head)
         self._rough = RoughUnembedding(self.lm_head, how) if ways.rough and self.dtype.itemsize >= 4 else None
         if self._lean is not None:

@@ -18,7 +18,7 @@ from transformers import WhisperForConditionalGeneration
 
 from leapasr.decoding.cache import RaggedCache
 from leapasr.decoding.interface import Prompts, Ways
-from leapasr.decoding.packing import Product, as_it_is, pack
+from leapasr.decoding.packing import Product, packer
 from leapasr.decoding.unembedding import RoughUnembedding
 from leapasr.model.mtp_heads import MTPHeads
 
@@ -66,7 +66,7 @@ class WhisperTextDecoder:
         self.prepare(Ways())
 
     def prepare(self, ways: Ways) -> None:
-        how = pack if ways.packed else as_it_is
+        how = packer(ways.packing)
         self._layers = [_Layer(layer, how) for layer in self.body.layers]
         self._product = _packed(self.lm_head, how)
         self._rough = None

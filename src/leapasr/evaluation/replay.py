@@ -39,7 +39,7 @@ from leapasr.evaluation.bench import Utterances
 from leapasr.evaluation.peers import left_padded
 from leapasr.model.mtp_heads import LatentHeads, MTPHeads
 from leapasr.running import timed
-from leapasr.transcriber import MIXED, Transcriber, device_of, dtype_of
+from leapasr.transcriber import AUTO, MIXED, Transcriber, device_of, dtype_of
 
 PROMPT_RATE = 12.5  # speech embeddings a second
 NUM_HEADS = 8
@@ -331,15 +331,15 @@ def replay(
     Raises:
         ValueError: there is no such size, device or dtype, or a number is less than 1.
     """
-    if dtype == MIXED:
-        raise ValueError("dtype 'mixed' is for a model with a speech side, and a replay has none: choose another")
+    if dtype in (MIXED, AUTO):
+        raise ValueError(f"dtype {dtype!r} is for a model with a speech side, and a replay has none: choose another")
     if size not in SIZES:
         raise ValueError(f"decoder size {size!r}: choose one of {', '.join(SIZES)}")
     if rounds < 1 or not batch_sizes or min(batch_sizes) < 1:
         raise ValueError(f"rounds and batch sizes must be at least 1, got {rounds} and {list(batch_sizes)}")
     place = device_of(device)
     decoder = build_decoder(SIZES[size], device=place, dtype=dtype_of(dtype))
-    decoder.prepare(Ways(packed=True))
+    decoder.prepare(Ways(packing="onednn"))
     systems = list(_systems(decoder, texts))
     turns = [(round_, batch_size, system) for round_ in range(rounds + 1) for batch_size in batch_sizes
              for system in systems]  # fmt: skip

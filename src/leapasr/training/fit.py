@@ -28,7 +28,7 @@ from leapasr.decoding.ctc import greedy_ctc
 from leapasr.evaluation.scoring import count_errors
 from leapasr.model.fitted_heads import FittedHeads, FittedHeadsConfig, rows_of_pieces
 from leapasr.model.pieces import BLANK, Pieces
-from leapasr.model.precision import PRECISIONS, cast
+from leapasr.model.precision import PRECISIONS, advice_against, cast
 from leapasr.model.whisper import fingerprint
 from leapasr.text import NORMALIZER
 from leapasr.training.distillation import Distillation, Lesson, find_recordings, seconds_of
@@ -133,7 +133,7 @@ def fit(
         cache: where lessons are kept, for fits of several kinds; None: in `output`.
         language: of all audio; None takes what manifests say, and else lets the model detect it.
         progress: gives, for a description and a total, a context with what is told of each step.
-        complain: is told what cannot be used.
+        complain: is told what cannot be used, and whether another precision is faster.
 
     Returns:
         `output`.
@@ -155,6 +155,8 @@ def fit(
     recordings, problems = find_recordings(audio)
     for problem in problems:
         complain(problem)
+    if advice := advice_against(config.precision, transcriber.model.device):
+        complain(advice)
     lessons = Distillation(
         (cache or output / "lessons") / f"{weights[:16]}{'' if language is None else '-' + language}"
     )

@@ -71,7 +71,7 @@ def search(
     try:
         with torch.compiler.set_stance("force_eager"):  # layers are compiled for training's shapes, not for a cache's
             decoder = SpeechLlamaDecoder(model)
-            decoder.prepare(Ways(packed=True))
+            decoder.prepare(Ways(packing="onednn"))
             prompts = Prompts(*model.prompt(encoding))
             return decode(decoder, prompts, options, max_tokens=max_tokens, spell=spell)
     finally:

@@ -23,6 +23,7 @@ from leapasr.data.manifests import read_manifest, spread, use_of
 from leapasr.data.synthesis import passages, read_paragraphs
 from leapasr.model.building import build_model, build_processor
 from leapasr.model.checkpoints import whisper_tokenizer
+from leapasr.model.precision import advice_against
 from leapasr.model.processing import SpeechLlamaProcessor
 from leapasr.model.retrofitting import head_fields, set_heads
 from leapasr.model.speech_llama import SpeechLlamaForConditionalGeneration
@@ -342,4 +343,6 @@ def train(
         report=report,
         **options,
     )
+    if advice := advice_against(trainer.config.precision, trainer.accelerator.device):
+        report(advice)
     return trainer.run()
