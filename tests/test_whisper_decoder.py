@@ -9,7 +9,13 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
-from transformers import LlamaConfig, PreTrainedTokenizerFast, WhisperConfig, WhisperForConditionalGeneration
+from transformers import (
+    DynamicCache,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+    WhisperConfig,
+    WhisperForConditionalGeneration,
+)
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 import leapasr
@@ -197,6 +203,28 @@ def test_whatever_the_drafts_and_the_company_the_references_tokens(built):
     searched = beam_reference(decoder, prompts, beam)
     for result, hypotheses in zip(decode(decoder, prompts, beam), searched, strict=True):
         assert [each.tokens for each in result.hypotheses] == [each.tokens for each in hypotheses]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("speech_dtype", [torch.float64, torch.bfloat16])
+def test_padding_is_not_remembered(built, speech_dtype):
+    model = copy.deepcopy(built[0])
+    if speech_dtype != torch.float64:
+        model.set_speech_dtype(speech_dtype)
+    audio, _ = features(4, seed=8)
+    _, _, _, memory_BMD, lengths_B = model.prompt(model.encode(audio, torch.tensor([48, 20, 33, 9])))
+    assert len(set(lengths_B.tolist())) == 4
+    padded, packed = DynamicCache(), DynamicCache()
+    model.remember(memory_BMD, padded)
+    model.remember(memory_BMD, packed, lengths_B)
+    for ours, theirs in zip(packed.layers, padded.layers, strict=True):
+        for name in ("keys", "values"):
+            found, wanted = getattr(ours, name), getattr(theirs, name)
+            for row, length in enumerate(lengths_B.tolist()):
+                tolerance = {} if speech_dtype == torch.float64 else {"rtol": 0.02, "atol": 0.02}
+                torch.testing.assert_close(found[row, :, :length], wanted[row, :, :length], **tolerance)
+                assert not found[row, :, length:].any()
+    assert padded.layers[0].values[3, :, int(lengths_B[3]) :].any()  # or there would be nothing to leave out
 
 
 @torch.no_grad()

@@ -256,6 +256,6 @@ class SpeechLlamaDecoder(CausalLMDecoder):
         cache = super().new_cache(prompts)
         if prompts.memory_BMD is not None and prompts.memory_lengths_B is not None:
             cache.plan(prompts.memory_BMD.shape[1], self.dtype)
-            self._remember(prompts.memory_BMD, cache)
+            self._remember(prompts.memory_BMD, cache, prompts.memory_lengths_B)
             cache.commit(prompts.memory_lengths_B.tolist())
         return cache

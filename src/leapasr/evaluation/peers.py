@@ -42,7 +42,7 @@ def generate(
     else:
         assert prompts.memory_lengths_B is not None
         memory = DynamicCache()
-        model.remember(prompts.memory_BMD, memory)
+        model.remember(prompts.memory_BMD, memory, prompts.memory_lengths_B)
         # it leaves out as many places as there are in the cache
         own_memory = prompts.memory_BMD[..., : embeddings_BLD.shape[-1]]
         num_places += own_memory.shape[1]

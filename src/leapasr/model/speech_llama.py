@@ -96,6 +96,15 @@ def _stack(rows: Sequence[Tensor], lengths_B: Tensor) -> Tensor:
     return pad_sequence([row[0, :length] for row, length in zip(rows, lengths_B, strict=True)], batch_first=True)
 
 
+def _unpacked(packed_PD: Tensor, places_BL: Tensor | None) -> Tensor:
+    """What lies at these places, (B, L, D), zeros elsewhere; without places, what is given."""
+    if places_BL is None:
+        return packed_PD
+    rows = packed_PD.new_zeros(*places_BL.shape, packed_PD.shape[-1])
+    rows[places_BL] = packed_PD
+    return rows
+
+
 def join_positions(positions_BL: Tensor, lengths_B: Tensor, size: int) -> Tensor:
     """Positions (B, size) of joined rows: of the prefix as given, of what is behind it consecutive."""
     place = torch.arange(size, device=lengths_B.device)[None]
@@ -337,15 +346,20 @@ class SpeechLlamaForConditionalGeneration(PreTrainedModel):
         if self.draft_layers is not None:
             yield from self.draft_layers.body.layers
 
-    def remember(self, embeddings_BLD: Tensor, cache: Cache) -> None:
+    def remember(self, embeddings_BLD: Tensor, cache: Cache, lengths_B: Tensor | None = None) -> None:
         """Put the keys and values of speech embeddings into every layer of the decoder's `cache`.
 
         They have no rotary position: a decoder with a memory has learnt ones.
 
         Args:
             embeddings_BLD: (B, L, D); (B, L, 2D) where draft layers read others than the decoder's own layers.
+            lengths_B: of the rows; what lies behind them is not computed, and is zero in the cache.
         """
         D = self.config.decoder_config.hidden_size
+        places_BL = None
+        if lengths_B is not None and int(lengths_B.min()) < embeddings_BLD.shape[1]:
+            places_BL = padding_mask(lengths_B, embeddings_BLD.shape[1])
+            embeddings_BLD = embeddings_BLD[places_BL]  # (P, D): the places of all rows, one behind the other
         for index, layer in enumerate(self._layers_with_memory()):
             drafting = index >= self.config.decoder_config.num_hidden_layers
             normed = layer.input_layernorm(embeddings_BLD[..., -D:] if drafting else embeddings_BLD[..., :D])
@@ -353,8 +367,7 @@ class SpeechLlamaForConditionalGeneration(PreTrainedModel):
             if self._memory_projections:
                 projections, normed = self._memory_projections[index], normed.to(self.speech_dtype)
             keys, values = (
-                projection(normed)
-                .to(embeddings_BLD.dtype)
+                _unpacked(projection(normed).to(embeddings_BLD.dtype), places_BL)
                 .unflatten(-1, (-1, layer.self_attn.head_dim))
                 .transpose(1, 2)
                 for projection in projections
