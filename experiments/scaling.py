@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -38,6 +37,7 @@ from leapasr.transcriber import load
 LENGTHS = {"10 s": 10, "1 min": 60, "10 min": 600, "1 h": 3600, "3 h": 10_800}  # least seconds
 REPEATED = 600  # recordings up to so many seconds are transcribed `--rounds` times, longer ones once
 PEERS_UP_TO = 3600
+POLL_SECONDS = 0.05
 NUM_HEADS = (2, 4, 6, 8)
 UTTERANCES = 12
 FASTER_WHISPER = """
@@ -100,16 +100,20 @@ def join_recordings(speech: Path, folder: Path, lengths: Sequence[str]) -> list[
 
 def run(command: Sequence[str]) -> tuple[str, float, float]:
     """What a command writes, its seconds, and its peak memory in MB."""
-    start = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    assert process.stdout is not None
-    written = process.stdout.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    seconds = time.perf_counter() - start
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise SystemExit(f"{' '.join(command[:3])} … ended with {process.returncode}")
-    return written, seconds, usage.ru_maxrss * 1024 / 1e6
+    peak = 0
+    with tempfile.TemporaryFile("w+") as written:
+        start = time.perf_counter()
+        process = subprocess.Popen(command, stdout=written, stderr=subprocess.DEVNULL)
+        status = Path(f"/proc/{process.pid}/status")
+        while process.poll() is None:
+            fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
+            peak = int(fields["VmHWM"].split()[0]) if "VmHWM" in fields else peak  # gone once it has ended
+            time.sleep(POLL_SECONDS)
+        seconds = time.perf_counter() - start
+        if process.returncode:
+            raise SystemExit(f"{' '.join(command[:3])} … ended with {process.returncode}")
+        written.seek(0)
+        return written.read(), seconds, peak * 1024 / 1e6
 
 
 def measure_lengths(arguments: argparse.Namespace, folder: Path) -> list[LengthRow]:
@@ -119,7 +123,7 @@ def measure_lengths(arguments: argparse.Namespace, folder: Path) -> list[LengthR
     rows = []
     for recording in join_recordings(arguments.speech, folder, arguments.lengths):
         commands: dict[str, tuple[int, list[str]]] = {
-            "leapasr": (8, [*ours, "--batch-size", "8", str(recording.path)]),
+            "leapasr": (4, [*ours, str(recording.path)]),
         }
         if recording.seconds <= 2 * REPEATED:
             commands["leapasr, one chunk at a time"] = (1, [*ours, "--batch-size", "1", str(recording.path)])

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+LEAST_ROOM = 64  # slots that a cache grows by
+
 
 @dataclass(slots=True)
 class _Write:
@@ -61,7 +63,7 @@ class RaggedLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         positions_BW, start, end = self.write.positions_BW, self.write.start, self.write.end
         if end > self.keys.shape[2]:
-            self.reserve(end + end // 2)
+            self.reserve(end + max(end // 8, LEAST_ROOM))
         if start is not None:
             self.keys[:, :, start:end] = key_states
             self.values[:, :, start:end] = value_states
@@ -147,11 +149,24 @@ class RaggedCache(Cache):
         assert all(length <= most for length, most in zip(self.lengths, held, strict=True)), (lengths, held)
 
     def join(self, other: RaggedCache) -> None:
-        """Put the rows of `other`, which has run through the same decoder, behind the rows of this cache."""
+        """Put the rows of `other`, which has run through the same decoder, behind the rows of this cache.
+
+        `other` is empty then: what it held is let go layer by layer, so that there are never two of all of it.
+        """
         for mine, theirs in zip(self.layers, other.layers, strict=True):
-            num_slots = max(mine.keys.shape[2], theirs.keys.shape[2])
-            mine.reserve(num_slots)
-            theirs.reserve(num_slots)
-            mine.keys, mine.values = torch.cat([mine.keys, theirs.keys]), torch.cat([mine.values, theirs.values])
+            mine.keys, mine.values = _joined(mine.keys, theirs.keys), _joined(mine.values, theirs.values)
+            theirs.keys = theirs.values = mine.keys.new_empty(0, *mine.keys.shape[1:])
         self.lengths += other.lengths
         self.memory += other.memory
+        other.lengths, other.memory = [], []
+
+
+def _joined(first_BHSD: Tensor, second_BHSD: Tensor) -> Tensor:
+    """Rows of both, one behind the other; where they have fewer slots, zeros are behind them."""
+    num_slots = max(first_BHSD.shape[2], second_BHSD.shape[2])
+    num_first, H, _, D = first_BHSD.shape
+    joined = first_BHSD.new_empty(num_first + len(second_BHSD), H, num_slots, D)
+    for part, rows in ((first_BHSD, joined[:num_first]), (second_BHSD, joined[num_first:])):
+        rows[:, :, : part.shape[2]] = part
+        rows[:, :, part.shape[2] :] = 0
+    return joined

@@ -38,14 +38,13 @@ def read_ctc(logits_BTV: Tensor, lengths_B: Tensor, *, blank: int) -> list[Readi
     best_BT = argmax(logits_BTV)
     valid_BT = padding_mask(lengths_B, best_BT.shape[1])
     begins_BT, spoken_BT = begins(best_BT, blank) & valid_BT, (best_BT != blank) & valid_BT
-    scores_NV = logits_BTV[spoken_BT].float()  # a few of all frames: most are blank
-    probabilities_N = (scores_NV.gather(-1, best_BT[spoken_BT][:, None])[:, 0] - scores_NV.logsumexp(-1)).exp()
-    of_rows = probabilities_N.split(spoken_BT.sum(-1).tolist())
     readings = []
-    for best, begin, spoken, probabilities in zip(best_BT, begins_BT, spoken_BT, of_rows, strict=True):
+    for logits_TV, best, begin, spoken in zip(logits_BTV, best_BT, begins_BT, spoken_BT, strict=True):
+        scores_NV = logits_TV[spoken].float()  # a few of all frames: most are blank
+        probabilities_N = (scores_NV.gather(-1, best[spoken][:, None])[:, 0] - scores_NV.logsumexp(-1)).exp()
         tokens = best[begin]
-        surest = probabilities.new_zeros(len(tokens))
-        surest.scatter_reduce_(0, begin.cumsum(0)[spoken] - 1, probabilities, "amax")
+        surest = probabilities_N.new_zeros(len(tokens))
+        surest.scatter_reduce_(0, begin.cumsum(0)[spoken] - 1, probabilities_N, "amax")
         readings.append(Reading(tokens.tolist(), surest.tolist()))
     return readings
 

@@ -11,7 +11,7 @@ V vocabulary, F mel bins.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +21,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, Cache, DynamicCache, PreTrainedModel
 from transformers.utils import cached_file
 
@@ -89,11 +88,18 @@ def join_rows(
     return both.gather(1, index_BP[..., None].expand(-1, -1, both.shape[-1])), index_BP
 
 
-def _stack(rows: Sequence[Tensor], lengths_B: Tensor) -> Tensor:
-    """Rows (1, T, ...), of which so many places are real, in one tensor (B, max(lengths), ...), zeros behind them."""
+def _stack(rows: list[Tensor], lengths_B: Tensor) -> Tensor:
+    """Rows (1, T, ...), of which so many places are real, in one tensor (B, max(lengths), ...), zeros behind them.
+
+    CTC logits are many: each of `rows` is taken out as soon as it is copied, and one alone is not copied.
+    """
     if len(rows) == 1:
-        return rows[0][:, : int(lengths_B)]  # no copy: CTC logits are many
-    return pad_sequence([row[0, :length] for row, length in zip(rows, lengths_B, strict=True)], batch_first=True)
+        return rows[0][:, : int(lengths_B)]
+    stacked = rows[0].new_empty(len(rows), int(lengths_B.max()), *rows[0].shape[2:])
+    for place, length in enumerate(lengths_B.tolist()):
+        stacked[place, :length] = rows.pop(0)[0, :length]
+        stacked[place, length:] = 0
+    return stacked
 
 
 def _unpacked(packed_PD: Tensor, places_BL: Tensor | None) -> Tensor:
@@ -276,19 +282,19 @@ class SpeechLlamaForConditionalGeneration(PreTrainedModel):
         """
         if self.device.type != "cpu" or torch.is_grad_enabled():
             return self._encode(input_features, feature_lengths)
-        rows = []
+        parts: dict[str, list[Tensor]] = {}
         for features_TF, length in zip(input_features, feature_lengths.tolist(), strict=True):
             size = min(-(-length // FEATURE_RATE) * FEATURE_RATE, max(length, self.encoder.max_feature_frames))
             padded_TF = nn.functional.pad(features_TF[:length], (0, 0, 0, size - length))
-            rows.append(self._encode(padded_TF[None], feature_lengths.new_tensor([length])))
-        ctc_lengths_B = torch.cat([row.ctc_lengths_B for row in rows])
-        lengths_B = torch.cat([row.lengths_B for row in rows])
+            for name, value in vars(self._encode(padded_TF[None], feature_lengths.new_tensor([length]))).items():
+                parts.setdefault(name, []).append(value)
+        ctc_lengths_B, lengths_B = torch.cat(parts["ctc_lengths_B"]), torch.cat(parts["lengths_B"])
         return SpeechEncoding(
-            _stack([row.ctc_logits_BTV for row in rows], ctc_lengths_B),
+            _stack(parts["ctc_logits_BTV"], ctc_lengths_B),
             ctc_lengths_B,
-            _stack([row.embeddings_BLD for row in rows], lengths_B),
+            _stack(parts["embeddings_BLD"], lengths_B),
             lengths_B,
-            _stack([row.positions_BL for row in rows], lengths_B),
+            _stack(parts["positions_BL"], lengths_B),
         )
 
     def _encode(self, input_features: Tensor, feature_lengths: Tensor) -> SpeechEncoding:
