@@ -115,6 +115,8 @@ def test_joined_rows_go_on_as_they_were(decoder, rows, longer_first):
     feed(decoder, cache, [x[:-2] for x in rows[:1]])
     feed(decoder, other, [x[:-2] for x in rows[1:]])
     cache.join(other)
+    assert not other.lengths
+    assert not any(len(layer.keys) + len(layer.values) for layer in other.layers)
     cached = feed(decoder, cache, [x[-2:] for x in rows])
     assert_rows_close(cached, [full(decoder, x)[-2:] for x in rows])
 

@@ -12,7 +12,8 @@ from test_decoding import MAX_TOKENS, VERIFY, make_prompts, outcomes, scripted
 
 from leapasr.decoding import DecodingOptions, SpeechLlamaDecoder, decode
 from leapasr.decoding import costs as costs_module
-from leapasr.decoding.costs import CARRIED, FREE, CallCosts, measure_costs, num_worth_drafting, tune
+from leapasr.decoding.costs import CARRIED, FREE, CallCosts, fastest_ways, measure_costs, num_worth_drafting, tune
+from leapasr.decoding.interface import Ways
 from leapasr.decoding.reference import beam_reference, decode_reference
 
 COSTS = CallCosts((1, 4), (1, 2, 10), ((1.0, 2.0, 4.0), (3.0, 6.0, 12.0)))
@@ -121,6 +122,18 @@ def test_calls_too_wide_to_wait_for_lie_on_the_line_before_them(decoder, monkeyp
     assert [list(row) for row in measured.seconds] == expected
 
 
+@pytest.mark.parametrize("fastest", [Ways(), Ways("mkl"), Ways("onednn"), Ways("mkl", rough=True), Ways(rough=True)])
+def test_the_fastest_ways_are_found(decoder, monkeypatch, fastest):
+    taken = []
+
+    def seconds(decoder, cache, width):
+        return 1.0 + (taken[-1].packing != fastest.packing) + (taken[-1].rough != fastest.rough)
+
+    monkeypatch.setattr(decoder, "prepare", taken.append)
+    monkeypatch.setattr(costs_module, "_seconds", seconds)
+    assert fastest_ways(decoder) == fastest
+
+
 def test_costs_are_measured_once(decoder, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     first = tune(decoder, "a")
@@ -132,7 +145,8 @@ def test_costs_are_measured_once(decoder, tmp_path, monkeypatch):
     assert tune(decoder, "a").seconds[0][0] == 0.0
     tune(decoder, "another model")
     assert len(list(tmp_path.rglob("*.json"))) == 2
-    for damaged in ("", "[]", '{"num_rows": 3}'):
+    earlier = json.dumps({**written, "ways": {"packed": True, "rough": False}})
+    for damaged in ("", "[]", '{"num_rows": 3}', earlier):
         path.write_text(damaged)
         assert tune(decoder, "a").seconds[0][0] > 0
         assert json.loads(path.read_text())["num_rows"] == list(first.num_rows)

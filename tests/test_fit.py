@@ -31,6 +31,12 @@ CONFIG = FitConfig(
 )  # fmt: skip
 
 
+@pytest.fixture(autouse=True)
+def bfloat16_is_fast(monkeypatch):
+    """Whatever the CPU of these tests is: no fit gives advice about it."""
+    monkeypatch.setattr("leapasr.model.precision.bfloat16_speedup", lambda device: 5.0)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("whisper")
@@ -257,6 +263,12 @@ def test_a_stretch_in_each_two_seconds_is_blotted_out():
 def test_labels_of_head_2_are_what_follows_the_next_token():
     labels = shifted_labels(torch.tensor([[4, 5, 6]]), torch.tensor([3]), head=2, end_token_id=9)
     assert labels.tolist() == [[5, 6, 9, -100]]
+
+
+def test_advice_where_bfloat16_is_slow(folder, audio, tmp_path, monkeypatch):
+    monkeypatch.setattr("leapasr.model.precision.bfloat16_speedup", lambda device: 0.25)
+    (advice,) = run(folder, [audio], tmp_path / "out")
+    assert "4.0 times as long as in fp32" in advice
 
 
 def test_what_cannot_be_learnt_from_is_refused(folder, audio, tmp_path):

@@ -146,7 +146,8 @@ def tune(decoder: Decoder, description: str) -> CallCosts:
         description: tells the model's shape from others.
     """
     device = decoder.device
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.processor()} {os.cpu_count()}"
+    processor = f"{platform.processor()} {torch.backends.cpu.get_cpu_capability()} {os.cpu_count()}"
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else processor
     facts = (
         NUM_ROWS,
         WIDTHS,
