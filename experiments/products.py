@@ -42,16 +42,18 @@ def main() -> None:
     for width, size in SHAPES:
         for dtype in (torch.float32, torch.bfloat16):
             linears = [nn.Linear(width, size).to(dtype) for _ in range(NUM_WEIGHTS)]
-            for name in ("plain", *PACKINGS):
-                products: list[Product] = [packer(None if name == "plain" else name)(linear) for linear in linears]
-                if name != "plain" and products[0] is linears[0]:
+            packings = PACKINGS if dtype == torch.float32 else ("onednn",)  # in whichever, bfloat16 is packed by oneDNN
+            for packing in (None, *packings):
+                products: list[Product] = [packer(packing)(linear) for linear in linears]
+                if packing and products[0] is linears[0]:
                     continue  # cannot be packed here
                 times = [
                     microseconds(products, torch.randn(rows, width).to(dtype), arguments.tries)
                     for rows in arguments.rows
                 ]
                 cells = " | ".join(f"{each:.0f}" for each in times)
-                print(f"| {width} to {size} | {str(dtype).removeprefix('torch.')}, {name} | {cells} |")
+                name = str(dtype).removeprefix("torch.")
+                print(f"| {width} to {size} | {name}, {packing or 'plain'} | {cells} |")
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ import torch
 from leapasr.audio import SAMPLE_RATE
 from leapasr.data.manifests import read_manifest
 from leapasr.decoding import DecodingOptions
-from leapasr.evaluation.bench import Utterances, bench, folders_of
+from leapasr.evaluation.bench import bench, folders_of, peak_resident_mb, read_utterances
 from leapasr.evaluation.evaluate import reference_of, samples_of
 from leapasr.evaluation.scoring import count_errors
 from leapasr.evaluation.systems import AUTOREGRESSIVE, Generate, Leapasr
@@ -40,6 +40,7 @@ PEERS_UP_TO = 3600
 POLL_SECONDS = 0.05
 NUM_HEADS = (2, 4, 6, 8)
 UTTERANCES = 12
+# a process of its own without torch: `leapasr.evaluation.peers` would take its time to start, and its memory
 FASTER_WHISPER = """
 import sys
 from faster_whisper import BatchedInferencePipeline, WhisperModel
@@ -81,39 +82,37 @@ class Recording:
 
 
 def join_recordings(speech: Path, folder: Path, lengths: Sequence[str]) -> list[Recording]:
-    """Test utterances one behind the other, chapter by chapter, up to each length."""
+    """Test utterances one behind the other, chapter by chapter, up to each length; all begin alike."""
     cuts = sorted(read_manifest(speech / "librispeech" / "manifest.jsonl", use="test").cuts, key=lambda cut: cut.id)
-    recordings = []
-    for name in lengths:
-        pieces: list[np.ndarray] = []
-        texts: list[str] = []
-        for cut in cuts:
-            if sum(map(len, pieces)) >= LENGTHS[name] * SAMPLE_RATE:
-                break
+    recordings: list[Recording] = []
+    pieces: list[np.ndarray] = []
+    texts: list[str] = []
+    num_samples, rest = 0, iter(cuts)
+    for name in sorted(lengths, key=LENGTHS.__getitem__):
+        while num_samples < LENGTHS[name] * SAMPLE_RATE and (cut := next(rest, None)) is not None:
             pieces.append(samples_of(cut))
             texts.append(reference_of(cut))
+            num_samples += len(pieces[-1])
         path = folder / f"{name.replace(' ', '')}.flac"
         soundfile.write(path, np.concatenate(pieces), SAMPLE_RATE)
-        recordings.append(Recording(name, path, sum(map(len, pieces)) / SAMPLE_RATE, " ".join(texts)))
+        recordings.append(Recording(name, path, num_samples / SAMPLE_RATE, " ".join(texts)))
     return recordings
 
 
 def run(command: Sequence[str]) -> tuple[str, float, float]:
     """What a command writes, its seconds, and its peak memory in MB."""
-    peak = 0
+    peak = 0.0
     with tempfile.TemporaryFile("w+") as written:
         start = time.perf_counter()
         process = subprocess.Popen(command, stdout=written, stderr=subprocess.DEVNULL)
-        status = Path(f"/proc/{process.pid}/status")
         while process.poll() is None:
-            fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
-            peak = int(fields["VmHWM"].split()[0]) if "VmHWM" in fields else peak  # gone once it has ended
+            peak = peak_resident_mb(process.pid) or peak
             time.sleep(POLL_SECONDS)
         seconds = time.perf_counter() - start
         if process.returncode:
             raise SystemExit(f"{' '.join(command[:3])} … ended with {process.returncode}")
         written.seek(0)
-        return written.read(), seconds, peak * 1024 / 1e6
+        return written.read(), seconds, peak
 
 
 def measure_lengths(arguments: argparse.Namespace, folder: Path) -> list[LengthRow]:
@@ -122,16 +121,16 @@ def measure_lengths(arguments: argparse.Namespace, folder: Path) -> list[LengthR
     threads = str(torch.get_num_threads())
     rows = []
     for recording in join_recordings(arguments.speech, folder, arguments.lengths):
-        commands: dict[str, tuple[int, list[str]]] = {
-            "leapasr": (4, [*ours, str(recording.path)]),
+        repeated = LENGTHS[recording.name] <= REPEATED
+        sizes = {"leapasr": 4} | ({"leapasr, one chunk at a time": 1} if repeated else {})
+        commands = {
+            name: (size, [*ours, "--batch-size", str(size), str(recording.path)]) for name, size in sizes.items()
         }
-        if recording.seconds <= 2 * REPEATED:
-            commands["leapasr, one chunk at a time"] = (1, [*ours, "--batch-size", "1", str(recording.path)])
-        if recording.seconds <= 1.1 * PEERS_UP_TO:
+        if LENGTHS[recording.name] <= PEERS_UP_TO:
             for name, peer in folders_of(arguments.peer).items():
                 given = [sys.executable, "-c", FASTER_WHISPER, peer, str(recording.path), "8", threads]
                 commands[f"faster-whisper/{name}"] = (8, given)
-        rounds = arguments.rounds if recording.seconds <= 2 * REPEATED else 1
+        rounds = arguments.rounds if repeated else 1
         done: dict[str, list[tuple[str, float, float]]] = {name: [] for name in commands}
         for _ in range(rounds):
             for name, (_, command) in commands.items():
@@ -162,8 +161,8 @@ def measure_lengths(arguments: argparse.Namespace, folder: Path) -> list[LengthR
 def measure_heads(arguments: argparse.Namespace) -> list[dict]:
     """A bench row a number of heads, drafts of the heads alone, behind those of one head and of `generate`."""
     transcriber = load(dtype=arguments.dtype)
-    manifest = read_manifest(arguments.speech / "librispeech" / "manifest.jsonl", use="test", limit=UTTERANCES)
-    utterances = Utterances([samples_of(cut) for cut in manifest.cuts], list(map(reference_of, manifest.cuts)), [])
+    manifest = arguments.speech / "librispeech" / "manifest.jsonl"
+    utterances = read_utterances([manifest], use="test", limit=UTTERANCES)
     plain = Leapasr(transcriber, DecodingOptions(strategy="autoregressive"))
     systems = [plain, Generate(transcriber)]
     for number in NUM_HEADS:

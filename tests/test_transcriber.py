@@ -21,7 +21,6 @@ from leapasr.chunks import SHORTEST_SECONDS, by_length, clipped, cut_pieces, cut
 from leapasr.decoding import DecodingOptions, decode
 from leapasr.decoding.ctc import align_ctc, greedy_ctc
 from leapasr.decoding.guards import MAX_TOKENS_AT_LEAST, MAX_TOKENS_PER_SECOND
-from leapasr.model.precision import advice_against, bfloat16_speedup
 from leapasr.transcriber import load
 from leapasr.transcription import LATENESS_SECONDS, TAIL_SECONDS, timed_words, token_times
 
@@ -531,25 +530,6 @@ def test_auto_is_what_is_faster_here(tiny_model_folder, monkeypatch, speedup, dt
     monkeypatch.setattr("leapasr.transcriber.bfloat16_speedup", lambda device: speedup)
     assert load(tiny_model_folder, device="cpu", dtype="auto").dtype == dtype
     assert load(tiny_model_folder, device="cpu").dtype == "float32"
-
-
-@pytest.mark.parametrize(
-    ("precision", "speedup", "advice"),
-    [
-        ("bf16", 0.125, "products in bf16 take 8.0 times as long as in fp32 on this cpu: --precision fp32 is faster"),
-        ("bf16", 5.0, None),
-        ("fp32", 0.125, None),
-    ],
-)
-def test_advice_where_bfloat16_is_slow(monkeypatch, precision, speedup, advice):
-    monkeypatch.setattr("leapasr.model.precision.bfloat16_speedup", lambda device: speedup)
-    assert advice_against(precision, torch.device("cpu")) == advice
-
-
-def test_products_are_timed_once():
-    first = bfloat16_speedup(torch.device("cpu"))
-    assert 0 < first < 1000
-    assert bfloat16_speedup(torch.device("cpu")) == first  # another measurement would give other digits
 
 
 def test_importing_the_package_is_cheap():

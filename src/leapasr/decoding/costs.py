@@ -16,6 +16,7 @@ import time
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate
 from operator import mul
 from pathlib import Path
@@ -129,6 +130,7 @@ def fastest_ways(decoder: Decoder) -> Ways:
     """The ways in which calls of one row are fastest: the packing first. `decoder` is left in some of them."""
     cache = decoder.new_cache(Prompts(torch.empty(1, 0, 0), torch.zeros(1, dtype=torch.long)))
 
+    @lru_cache  # the packing that is found is one of the ways that are compared then
     def seconds(ways: Ways) -> float:
         decoder.prepare(ways)
         return sum(_quickest(decoder, cache, width) for width in WIDTHS[:-1])

@@ -234,18 +234,19 @@ def _peak_memory(device: torch.device) -> Iterator[Callable[[], float | None]]:
         torch.cuda.reset_peak_memory_stats(device)
         yield lambda: torch.cuda.max_memory_allocated(device) / 1e6
         return
-    status = Path("/proc/self/status")
     try:
         Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is taken now
     except OSError:
         yield lambda: None
         return
+    yield peak_resident_mb
 
-    def peak() -> float | None:
-        fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
-        return int(fields["VmHWM"].split()[0]) * 1024 / 1e6 if "VmHWM" in fields else None
 
-    yield peak
+def peak_resident_mb(process: int | str = "self") -> float | None:
+    """The most memory, in MB, that a process of this id has taken on Linux; None where it is not told, or has ended."""
+    status = Path(f"/proc/{process}/status").read_text()
+    fields = dict(line.split(":", 1) for line in status.splitlines())
+    return int(fields["VmHWM"].split()[0]) * 1024 / 1e6 if "VmHWM" in fields else None
 
 
 def _rows(
