@@ -2,15 +2,16 @@ r"""Whispers with heads fitted to them beside their own `generate`, and beside f
 
     python experiments/existing_models.py --speech SPEECH --model tiny.en=FOLDER --model base=FOLDER \
         [--adapter base=FOLDER] [--peer tiny.en=CT2FOLDER --peer base=CT2FOLDER]
-    python experiments/existing_models.py --speech SPEECH --model tiny.en=FOLDER --fits FITS [--updates 600]
+    python experiments/existing_models.py --speech SPEECH --model tiny.en=FOLDER --fits FITS \
+        [--updates 600] [--precision fp32]
 
 SPEECH holds librispeech, commonvoice_en, commonvoice_ml and kerstin_de, with a manifest.jsonl each. Every utterance of
 a test set is decoded for the words and the calls; `--timed` of them, spread evenly, are timed. A row is written when it
 is done, and is not measured again: delete it from the JSON file, or the file, to have it anew. The tables go behind the
 mark in docs/existing-models.md.
 
-With `--fits` heads of several kinds are fitted to the first model, in the folder FITS, on LibriSpeech's part for
-training, and compared on utterances of its part for development.
+With `--fits` heads of several kinds are fitted to the first model, in the folder FITS, on 2.2 hours and less of
+LibriSpeech's part for training, and compared on utterances of its part for development.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from leapasr.evaluation.bench import BenchRow, Utterances, bench
 from leapasr.evaluation.evaluate import Report, evaluate, reference_of, samples_of
 from leapasr.evaluation.peers import FasterWhisper
 from leapasr.evaluation.systems import GenerateWhisper, Leapasr, System, Whisper
+from leapasr.model.precision import PRECISIONS
 from leapasr.training.distillation import GROUP
 from leapasr.training.fit import FitConfig, fit
 from leapasr.transcriber import load
@@ -141,7 +143,7 @@ class Fit:
 
     name: str
     changes: Mapping[str, object]
-    recordings: int | None = None  # whole groups of lessons, so that they are those of the whole
+    recordings: int = 10 * GROUP  # whole groups of lessons, so that those of fewer are among them
 
 
 FITS = [
@@ -150,41 +152,41 @@ FITS = [
     Fit("residual", {"head_type": "residual"}),
     Fit("K = 3", {"num_heads": 3}),
     Fit("K = 8", {"num_heads": 8}),
+    Fit("0.4 hours", {}, 2 * GROUP),
     Fit("1.1 hours", {}, 5 * GROUP),
-    Fit("3.3 hours", {}, 15 * GROUP),
 ]
 
 
-def fitted(one: Fit, model: str, speech: Path, home: Path, updates: int) -> Path:
+def fitted(one: Fit, model: str, arguments: argparse.Namespace) -> Path:
     """The folder of a fit's heads; an interrupted fit goes on."""
-    folder = home / one.name.replace(" ", "")
+    folder = arguments.fits / one.name.replace(" ", "")
     if (folder / "heads.json").exists():
         return folder
-    corpus = speech / "librispeech"
-    manifest = corpus / "manifest.jsonl"
-    if one.recordings is not None:
-        lines = [json.loads(line) for line in manifest.read_text().splitlines()]
-        part = [line for line in lines if line["use"] == "train"][: one.recordings]
-        folder.mkdir(parents=True, exist_ok=True)
-        manifest = folder / "part.jsonl"
-        manifest.write_text(
-            "".join(json.dumps({**each, "audio": str((corpus / each["audio"]).resolve())}) + "\n" for each in part)
-        )
+    corpus = arguments.speech / "librispeech"
+    lines = [json.loads(line) for line in (corpus / "manifest.jsonl").read_text().splitlines()]
+    part = [line for line in lines if line["use"] == "train"][: one.recordings]
+    folder.mkdir(parents=True, exist_ok=True)
+    manifest = folder / "part.jsonl"
+    manifest.write_text(
+        "".join(json.dumps({**each, "audio": str((corpus / each["audio"]).resolve())}) + "\n" for each in part)
+    )
 
     @contextmanager
     def progress(description: str, total: int) -> Iterator[Callable[[int], None]]:
         yield lambda amount: None
 
-    config = FitConfig(**{"updates": updates, **one.changes})
-    return fit(model, [manifest], folder, config, cache=home / "lessons", progress=progress, complain=print)
+    config = FitConfig(**{"updates": arguments.updates, "precision": arguments.precision, **one.changes})
+    lessons = arguments.fits / "lessons"
+    return fit(model, [manifest], folder, config, cache=lessons, progress=progress, complain=print)
 
 
-def compared(one: Fit, model: str, speech: Path, home: Path, updates: int, limit: int) -> dict[str, object]:
+def compared(one: Fit, model: str, arguments: argparse.Namespace) -> dict[str, object]:
     """A fit's row: what it is, and its calls on utterances for development."""
-    folder = fitted(one, model, speech, home, updates)
+    folder = fitted(one, model, arguments)
     transcriber = load(model, adapter=folder)
     assert isinstance(transcriber, WhisperTranscriber)
-    cuts = spread(list(read_manifest(speech / "librispeech" / "manifest.jsonl", use="dev").cuts), limit)
+    cuts = list(read_manifest(arguments.speech / "librispeech" / "manifest.jsonl", use="dev").cuts)
+    cuts = spread(cuts, arguments.limit or 100)
     reports = evaluated(transcriber, cuts, 8)
     assert transcriber.heads is not None
     log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -268,6 +270,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=8, help="for the words")
     parser.add_argument("--fits", type=Path, help="folder of fits to compare, and of their lessons")
     parser.add_argument("--updates", type=int, default=600, help="of each of these fits")
+    parser.add_argument("--precision", choices=PRECISIONS, default="bf16", help="of their products")
     parser.add_argument("--output", type=Path, default=Path("docs"))
     arguments = parser.parse_args()
     folders = {
@@ -281,8 +284,7 @@ def main() -> None:
             if any(row["name"] == one.name for row in known["fits"]):
                 continue
             print(one.name, flush=True)
-            limit = arguments.limit or 100
-            known["fits"].append(compared(one, model, arguments.speech, arguments.fits, arguments.updates, limit))
+            known["fits"].append(compared(one, model, arguments))
             write(known, arguments.output)
         return
     for model in folders["model"]:

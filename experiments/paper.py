@@ -34,6 +34,7 @@ from leapasr.data.manifests import read_manifest, spread
 from leapasr.decoding import DecodingOptions
 from leapasr.evaluation.evaluate import Report, evaluate
 from leapasr.evaluation.scoring import Interval, WordErrors, word_error_rate_difference
+from leapasr.model.precision import PRECISIONS
 from leapasr.model.retrofitting import set_heads
 from leapasr.model.speech_llama import SpeechLlamaForConditionalGeneration
 from leapasr.training.run import load_initial, prepare, weighted
@@ -143,7 +144,8 @@ def train(variant: Variant, arguments: argparse.Namespace) -> None:
         start = arguments.work / variant.after.folder / "model"
     trainer = prepare(
         None, (stage,), manifests=weighted(arguments.manifest), dev=(), text=(), output=folder, initial_model=start,
-        seed=variant.seed, encoder_cache=arguments.work / "frames", report=lambda message: None, **heads,
+        seed=variant.seed, encoder_cache=arguments.work / "frames", precision=arguments.precision,
+        report=lambda message: None, **heads,
     )  # fmt: skip
     trainer.run()
     (folder / "trained").touch()
@@ -454,6 +456,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=100, help="so many utterances a set")
     parser.add_argument("--first-limit", type=int, default=400, help=f"so many of {FIRST_SET}")
     parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--precision", choices=PRECISIONS, default="bf16", help="of training")
     parser.add_argument("--dtype", default="float32", help="for decoding")
     parser.add_argument("--only", nargs="+", help="names of variants, those that they go on from included")
     parser.add_argument("--part", choices=("train", "score", "write"), help="all of them without it")
