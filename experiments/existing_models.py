@@ -187,7 +187,7 @@ def compared(one: Fit, model: str, arguments: argparse.Namespace) -> dict[str, o
     assert isinstance(transcriber, WhisperTranscriber)
     cuts = list(read_manifest(arguments.speech / "librispeech" / "manifest.jsonl", use="dev").cuts)
     cuts = spread(cuts, arguments.limit or 100)
-    reports = evaluated(transcriber, cuts, 8)
+    reports = evaluated(transcriber, cuts, arguments.batch_size)
     assert transcriber.heads is not None
     log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return {
