@@ -5,7 +5,7 @@ r"""The paper's experiment, reproduced: head architectures and numbers of heads,
 One common start (a trained model whose further heads are taken away), equal budgets of updates for all variants, then
 every variant on every set. SPEECH and the test MANIFEST as for experiments/results.py. What is trained or scored
 already, by the work folder, is not repeated; `--only NAME …` runs some of the rows, `--part` one part. Writes
-docs/experiment.md, .json and .png.
+docs/experiment.md, .json and .png, of the rows that are there.
 """
 
 from __future__ import annotations
@@ -85,19 +85,26 @@ class Variant:
         return f"{self.after.name}, MWER{calls}"
 
     @property
+    def baseline(self) -> Variant | None:
+        """What it went on from, or head 1 alone of the same seed; None for that itself."""
+        if self.after is not None or self.num_heads == 1:
+            return self.after
+        return Variant("latent", 1, self.seed, headline=self.seed == 1)
+
+    @property
     def folder(self) -> str:
         return self.name.replace(" = ", "").replace(",", "").replace(" ", "-")
 
 
 def variants() -> list[Variant]:
     """All models, those that others go on from before them."""
-    one = [Variant("latent", 1, seed, headline=True) for seed in (1, 2)]
-    latent = [Variant("latent", 4, seed, headline=True) for seed in (1, 2)]
+    one = [Variant("latent", 1, seed, headline=seed == 1) for seed in (1, 2)]
+    latent = [Variant("latent", 4, seed, headline=seed == 1) for seed in (1, 2)]
     others = [Variant(heads, 4) for heads in ("projection", "residual", "sequential")]
     others += [Variant("latent", number) for number in (2, 6, 8)]
     others.append(Variant("latent", 8, draft_layers=2))
     trained = [replace(each, after=each, mwer=MWER()) for each in (*one, *latent)]
-    controls = [replace(each, after=each) for each in (one[0], latent[0])]
+    controls = [replace(each, after=each, headline=False) for each in (one[0], latent[0])]
     of_calls = replace(latent[0], after=latent[0], mwer=MWER(calls_weight=0.1), headline=False)
     return [*one, *latent, *others, *trained, *controls, of_calls]
 
@@ -105,7 +112,7 @@ def variants() -> list[Variant]:
 def stage_of(variant: Variant, arguments: argparse.Namespace) -> Stage:
     """What the variant is trained by; the encoder is frozen in all of them."""
     common: dict[str, Any] = dict(
-        frozen_encoder_layers=None, lr_scale=WHISPER_SCALES | {"adapter.": 0.0, "ctc_head.": 0.0}, ctc_weight=0.0,
+        frozen_encoder_layers=None, lr_scale=WHISPER_SCALES, ctc_weight=0.0,
         averaging=0.98, augmentation=NO_AUGMENTATION, batch=arguments.batch, head_weights=arguments.head_weight,
     )  # fmt: skip
     if variant.after is None:
@@ -153,11 +160,21 @@ def train(variant: Variant, arguments: argparse.Namespace) -> None:
     (folder / "checkpoint.pt").unlink()
 
 
+def scores_of(variant: Variant, test_set: str, arguments: argparse.Namespace) -> Path:
+    return arguments.work / variant.folder / f"{test_set.split(' ')[0].replace('/', '-')}.json"
+
+
+def is_scored(variant: Variant, sets: Mapping[str, Any], arguments: argparse.Namespace) -> bool:
+    """Whether it, and what it is compared with, was decoded on all sets."""
+    needed = (variant, variant.baseline or variant)
+    return all(scores_of(each, name, arguments).exists() for each in needed for name in sets)
+
+
 def score(variant: Variant, sets: Mapping[str, tuple[Path, str | None]], arguments: argparse.Namespace) -> None:
     """Decode the sets with `variant`, those that were not before: figures, and the errors of every utterance."""
     transcriber = None
     for name, (manifest, use) in sets.items():
-        path = arguments.work / variant.folder / f"{name.split(' ')[0].replace('/', '-')}.json"
+        path = scores_of(variant, name, arguments)
         if path.exists():
             continue
         print(f"decoding: {variant.name}, {name}", flush=True)
@@ -229,24 +246,18 @@ class Results:
         written = [json.loads(path.read_text()) for path in sorted((self.work / variant.folder).glob("*.json"))]
         return {scores["autoregressive"]["test_set"]: scores for scores in written}
 
-    def baseline(self, variant: Variant) -> Variant | None:
-        """What it went on from, or head 1 alone of the same seed; None for that itself."""
-        if variant.after is not None or variant.num_heads == 1:
-            return variant.after
-        return next(each for each in self.chosen if each.num_heads == 1 and each.seed == variant.seed)
-
     def errors(self, variant: Variant, test_set: str, strategy: str) -> WordErrors:
         return WordErrors(*np.array(self.scores[variant][test_set][strategy]["errors"], dtype=np.int64))
 
     def difference(self, variant: Variant, test_set: str, strategy: str = "autoregressive") -> Interval:
         """Word error rate minus that of the baseline."""
-        baseline = self.baseline(variant) or variant
+        baseline = variant.baseline or variant
         of_baseline = strategy if strategy in self.scores[baseline][test_set] else "autoregressive"
         before = self.errors(baseline, test_set, of_baseline)
         return word_error_rate_difference(before, self.errors(variant, test_set, strategy))
 
     def _row(self, variant: Variant, test_set: str, strategy: str) -> Row:
-        figures, baseline = self.scores[variant][test_set][strategy], self.baseline(variant)
+        figures, baseline = self.scores[variant][test_set][strategy], variant.baseline
         change = self.difference(variant, test_set, strategy)
         return Row(
             name=variant.name,
@@ -479,7 +490,7 @@ def main() -> None:
         for variant in chosen:
             score(variant, sets, arguments)
     if arguments.part == "write" or (arguments.part is None and not arguments.only):
-        write(Results(variants(), arguments.work), arguments)
+        write(Results([each for each in variants() if is_scored(each, sets, arguments)], arguments.work), arguments)
 
 
 if __name__ == "__main__":

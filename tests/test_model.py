@@ -261,6 +261,22 @@ def test_without_gradients_a_row_is_encoded_by_itself_and_as_with_them(ctc_posit
     assert torch.equal(together.ctc_lengths_B, apart.ctc_lengths_B)
 
 
+@pytest.mark.parametrize("fields", [{}, {"ctc_positions": True}, {"draft_layers": 1}, None], ids=str)
+def test_without_ctc_the_decoder_is_given_the_same(fields):
+    torch.manual_seed(3)
+    config = tiny_config(**fields or {"ctc_lookahead": 0})
+    config.ctc_in_prompt = fields is not None
+    model = scattered(SpeechLlamaForConditionalGeneration(config)).eval()
+    features, lengths, _ = inputs(model, num_rows=4)
+    for gradients in (torch.no_grad, torch.enable_grad):
+        with gradients():
+            wanted, found = model.encode(features, lengths), model.encode(features, lengths, with_ctc=False)
+        size = config.vocab_size if config.ctc_in_prompt else 0  # a prompt may depend on them
+        assert found.ctc_logits_BTV.shape == (*wanted.ctc_logits_BTV.shape[:2], size)
+        for name in ("ctc_lengths_B", "embeddings_BLD", "lengths_B", "positions_BL"):
+            assert torch.equal(getattr(found, name), getattr(wanted, name)), name
+
+
 def test_average_pairs_against_a_loop():
     frames = torch.randn(3, 7, 4, dtype=torch.float64)
     averaged, lengths = average_pairs(frames, torch.tensor([7, 4, 1]))

@@ -109,6 +109,16 @@ def stop_before_update(monkeypatch, total):
 # Learning
 
 
+@pytest.mark.parametrize("task", ["joint", "mwer"])
+def test_without_its_loss_the_ctc_head_stays_as_it_is(tmp_path, manifest, processor, task):
+    model = new_model()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    stage = stage_of(task, updates=3, ctc_weight=0.0)
+    make_trainer(tmp_path, manifest, processor, stages=(stage,), model=model).run()
+    stayed = {name for name, value in model.state_dict().items() if torch.equal(value, before[name])}
+    assert stayed - {"encoder.encoder.embed_positions.weight"} == {name for name in before if "ctc_head" in name}
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("task", ["language", "text", "ctc", "joint", "heads", "mwer"])
 def test_every_stage_lowers_its_loss(tmp_path, manifest, processor, task, precision):

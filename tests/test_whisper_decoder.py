@@ -29,7 +29,7 @@ from leapasr.model.building import build_model, build_processor
 from leapasr.model.checkpoints import CheckpointError, load_whisper, whisper_tokenizer
 from leapasr.model.speech_llama import SpeechLlamaForConditionalGeneration
 from leapasr.model.whisper_decoder import WhisperDecoder
-from leapasr.training.run import train
+from leapasr.training.run import prepare, train
 from leapasr.training.tokenizer import BEGIN, END, PAD, frequent_tokens
 from leapasr.training.trainer import OF_CTC
 
@@ -260,6 +260,17 @@ def test_saved_and_loaded_it_is_the_same(built, tmp_path):
 
 
 @torch.no_grad()
+def test_without_ctc_the_decoder_is_given_the_same(built):
+    model, _ = built
+    audio, lengths = features(3, seed=4)
+    wanted, found = model.encode(audio, lengths), model.encode(audio, lengths, with_ctc=False)
+    size = 0 if model.draft_layers is None else model.config.vocab_size  # draft layers remember what CTC reads
+    assert found.ctc_logits_BTV.shape == (*wanted.ctc_logits_BTV.shape[:2], size)
+    for name in ("ctc_lengths_B", "embeddings_BLD", "lengths_B", "positions_BL"):
+        assert torch.equal(getattr(found, name), getattr(wanted, name)), name
+
+
+@torch.no_grad()
 def test_what_ctc_reads_reaches_the_draft_layers_alone(built):
     model, _ = built
     audio, lengths = features(1)
@@ -335,6 +346,15 @@ def test_the_preset_trains_it(tmp_path, monkeypatch):
         if name.startswith(OF_CTC):  # nothing reads it without draft layers: it is not to decay, either
             assert torch.equal(after[name], value), name
     assert not torch.equal(after["decoder.model.norm.weight"], trained.state_dict()["decoder.model.norm.weight"])
+    without_ctc = replace(short[-1], task="joint", ctc_weight=0.0, frozen_encoder_layers=None)
+    prepare(
+        None, (without_ctc,), manifests={manifest: 1.0}, dev=(), text=(), output=tmp_path / "joint",
+        initial_model=no_drafts, precision="fp32", compile=False, num_workers=0,
+    ).run()  # fmt: skip
+    model = SpeechLlamaForConditionalGeneration.from_pretrained(tmp_path / "joint" / "model")
+    for name, value in model.state_dict().items():
+        stays = name.startswith(("encoder.", *OF_CTC, "adapter.", "ctc_head."))
+        assert torch.equal(value, after[name]) == stays, name
 
 
 class TestTokenizer:

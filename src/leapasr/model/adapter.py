@@ -143,11 +143,14 @@ class SpeechProjection(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Returns speech embeddings (B, L, D), L = ceil(T / stacking), their lengths (B,) and positions (B, L).
 
-        Where draft layers remember what CTC reads (B, L, 2D): without it, for head 1, and with it.
+        The logits count where the configuration's `decoder_reads_ctc` says so. Where draft layers remember what CTC
+        reads the embeddings are (B, L, 2D): without it, for head 1, and with it.
         """
         stacked, stacked_lengths_B = stack_frames(frames_BTD, lengths_B, self.stacking)
         embeddings = self.projection(stacked)
-        ids_BT = self.best_tokens(ctc_logits_BTV, lengths_B)
+        ids_BT = lengths_B.new_full(frames_BTD.shape[:2], self.blank)
+        if self.config.decoder_reads_ctc:
+            ids_BT = self.best_tokens(ctc_logits_BTV, lengths_B)
         if self.config.drafts_remember_ctc or (self.config.ctc_in_prompt and not self.config.speech_as_memory):
             with_ctc = embeddings + self.read_ctc(ctc_logits_BTV, ids_BT, lengths_B, token_embeddings_VD)
             embeddings = torch.cat([embeddings, with_ctc], -1) if self.config.drafts_remember_ctc else with_ctc

@@ -154,6 +154,12 @@ class SpeechLlamaConfig(PreTrainedConfig):
         return self.speech_as_memory and self.ctc_in_prompt and self.draft_layers > 0
 
     @property
+    def decoder_reads_ctc(self) -> bool:
+        """Whether anything that the decoder or its heads are given of the speech depends on what CTC reads."""
+        in_prompt = self.ctc_in_prompt and not self.speech_as_memory
+        return in_prompt or self.drafts_remember_ctc or self.ctc_positions
+
+    @property
     def vocab_size(self) -> int:
         return self.decoder_config.vocab_size
 

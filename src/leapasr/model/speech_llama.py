@@ -41,7 +41,7 @@ class SpeechEncoding:
     """What the speech side gives for a batch.
 
     ctc_logits_BTV (B, T, V), in the speech side's dtype, at `model.ctc_frame_rate` frames a second with lengths
-    ctc_lengths_B (B,);
+    ctc_lengths_B (B,); (B, T, 0) where nobody wanted them;
     embeddings_BLD (B, L, D) for the decoder's prompt or memory ((B, L, 2D) where draft layers remember others) with
     lengths lengths_B (B,) and positions positions_BL (B, L).
     """
@@ -274,19 +274,22 @@ class SpeechLlamaForConditionalGeneration(PreTrainedModel):
             ):
                 parameter.register_hook(partial(torch.Tensor.index_fill, dim=dimension, index=index, value=0))
 
-    def encode(self, input_features: Tensor, feature_lengths: Tensor) -> SpeechEncoding:
+    def encode(self, input_features: Tensor, feature_lengths: Tensor, *, with_ctc: bool = True) -> SpeechEncoding:
         """Encode log-mel features (B, T, F) with valid lengths (B,); rows do not see each other's padding.
+
+        Without `with_ctc` there are CTC logits only where the decoder or its heads depend on them.
 
         On a CPU each row is encoded by itself, padded to a whole second, unless gradients are asked for: a row alone
         keeps the cores busy, padding would cost as much as speech, and oneDNN builds its kernels for each length anew.
         """
         if self.device.type != "cpu" or torch.is_grad_enabled():
-            return self._encode(input_features, feature_lengths)
+            return self._encode(input_features, feature_lengths, with_ctc=with_ctc)
         parts: dict[str, list[Tensor]] = {}
         for features_TF, length in zip(input_features, feature_lengths.tolist(), strict=True):
             size = min(-(-length // FEATURE_RATE) * FEATURE_RATE, max(length, self.encoder.max_feature_frames))
             padded_TF = nn.functional.pad(features_TF[:length], (0, 0, 0, size - length))
-            for name, value in vars(self._encode(padded_TF[None], feature_lengths.new_tensor([length]))).items():
+            encoding = self._encode(padded_TF[None], feature_lengths.new_tensor([length]), with_ctc=with_ctc)
+            for name, value in vars(encoding).items():
                 parts.setdefault(name, []).append(value)
         ctc_lengths_B, lengths_B = torch.cat(parts["ctc_lengths_B"]), torch.cat(parts["lengths_B"])
         return SpeechEncoding(
@@ -297,24 +300,35 @@ class SpeechLlamaForConditionalGeneration(PreTrainedModel):
             _stack(parts["positions_BL"], lengths_B),
         )
 
-    def _encode(self, input_features: Tensor, feature_lengths: Tensor) -> SpeechEncoding:
+    def _encode(self, input_features: Tensor, feature_lengths: Tensor, *, with_ctc: bool) -> SpeechEncoding:
         frames, lengths_B = self.encoder(input_features.to(self.speech_dtype), feature_lengths)
-        return self.encode_frames(frames, lengths_B)
+        return self.encode_frames(frames, lengths_B, with_ctc=with_ctc)
 
-    def encode_frames(self, frames_BTD: Tensor, lengths_B: Tensor) -> SpeechEncoding:
-        """The part behind the encoder: encoder frames (B, T, D) and lengths (B,) to a `SpeechEncoding`."""
-        frames, ctc_lengths_B = self.adapter(frames_BTD, lengths_B)
-        if self.config.ctc_unembedding:
-            unembedding_VD = self.decoder.lm_head.weight if self._ctc_unembedding is None else self._ctc_unembedding
-            ctc_logits = self.ctc_head(frames, unembedding_VD)
-        else:
-            ctc_logits = self.ctc_head(frames)
-        if self.config.speech_as_memory:
-            frames, _ = stack_frames(frames_BTD, lengths_B, self.config.encoder_stacking)
+    def encode_frames(self, frames_BTD: Tensor, lengths_B: Tensor, *, with_ctc: bool = True) -> SpeechEncoding:
+        """The part behind the encoder: encoder frames (B, T, D) and lengths (B,) to a `SpeechEncoding`.
+
+        `with_ctc` as of `encode`.
+        """
+        with_ctc = with_ctc or self.config.decoder_reads_ctc
+        frames, ctc_lengths_B = stack_frames(frames_BTD, lengths_B, self.config.encoder_stacking)
+        ctc_logits = frames.new_empty(*frames.shape[:2], 0)
+        if with_ctc or not self.config.speech_as_memory:
+            adapted, _ = self.adapter(frames_BTD, lengths_B)
+            if with_ctc:
+                ctc_logits = self._ctc_logits(adapted)
+            if not self.config.speech_as_memory:
+                frames = adapted
         embeddings, lengths_B, positions_BL = self.speech_projection(
             frames.to(self.decoder.dtype), ctc_lengths_B, ctc_logits, self.get_input_embeddings().weight
         )
         return SpeechEncoding(ctc_logits, ctc_lengths_B, embeddings, lengths_B, positions_BL)
+
+    def _ctc_logits(self, adapted_BTD: Tensor) -> Tensor:
+        """CTC logits (B, T, V) of adapter frames (B, T, D)."""
+        if not self.config.ctc_unembedding:
+            return self.ctc_head(adapted_BTD)
+        unembedding_VD = self.decoder.lm_head.weight if self._ctc_unembedding is None else self._ctc_unembedding
+        return self.ctc_head(adapted_BTD, unembedding_VD)
 
     def embed_text(self, tokens_BW: Tensor, places_BW: Tensor) -> Tensor:
         """Embeddings (B, W, D) of token ids (B, W) at these places of their texts; begin-of-text lies at place 0."""

@@ -74,12 +74,19 @@ class StageTask(torch.nn.Module):
         super().__init__()
         self.model, self.processor, self.stage = model, processor, stage
         self.weights = stage.weights(model.num_heads)
+        self.ctc_weight = {"ctc": 1.0, "heads": 0.0}.get(stage.task, stage.ctc_weight)
 
     def encode(self, batch: Batch | FrameBatch) -> SpeechEncoding:
-        """The speech side of the model on features, or behind the encoder on its cached frames."""
+        """The speech side of the model on features, or behind the encoder on its cached frames.
+
+        In training it has CTC's logits only where something learns from them or reads them.
+        """
+        with_ctc = bool(self.ctc_weight) or not torch.is_grad_enabled()
         if isinstance(batch, FrameBatch):
-            return self.model.encode_frames(batch.frames.to(self.model.dtype), batch.frame_lengths)
-        return self.model.encode(batch.input_features.to(self.model.dtype), batch.feature_lengths)
+            frames = batch.frames.to(self.model.dtype)
+            return self.model.encode_frames(frames, batch.frame_lengths, with_ctc=with_ctc)
+        features = batch.input_features.to(self.model.dtype)
+        return self.model.encode(features, batch.feature_lengths, with_ctc=with_ctc)
 
     def read(self, batch: Batch | FrameBatch | TextBatch) -> Tensor:
         """The tokens (B, M) that the decoder reads: in training with slips, in evaluation the right ones."""
@@ -103,8 +110,7 @@ class StageTask(torch.nn.Module):
             )
         else:
             encoding = self.encode(batch)
-            ctc_weight = {"ctc": 1.0, "heads": 0.0}.get(task, self.stage.ctc_weight)
-            if ctc_weight or (task != "heads" and not torch.is_grad_enabled()):
+            if self.ctc_weight or (task != "heads" and not torch.is_grad_enabled()):
                 ctc = ctc_loss(
                     encoding.ctc_logits_BTV,
                     encoding.ctc_lengths_B,
@@ -113,7 +119,7 @@ class StageTask(torch.nn.Module):
                     blank=model.config.blank_token_id,
                 )
                 figures["ctc"] = ctc.detach()
-                total = total + ctc_weight * ctc
+                total = total + self.ctc_weight * ctc
             if task == "mwer":
                 settings = self.stage.mwer
                 found = hypothesize(
@@ -323,8 +329,11 @@ class Trainer:
         trained = TRAINED_PREFIXES[stage.task]
         if stage.task == "heads" and model.config.drafts_remember_ctc:
             trained += OF_CTC
-        # a decoder with a memory and no draft layers reads nothing of CTC
-        unused = OF_CTC if model.config.speech_as_memory and not model.config.drafts_remember_ctc else ()
+        # what no gradient reaches is not to decay, and processes would wait for its gradients
+        has_memory = model.config.speech_as_memory
+        unused: tuple[str, ...] = OF_CTC if has_memory and not model.config.drafts_remember_ctc else ()
+        if stage.task in ("joint", "mwer") and not stage.ctc_weight:
+            unused += ("ctc_head.", "adapter.") if has_memory else ("ctc_head.",)
         for name, parameter in model.named_parameters():
             used = not name.startswith(unused)
             parameter.requires_grad_(parameter.requires_grad and used and name.startswith(trained))
