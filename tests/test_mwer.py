@@ -18,6 +18,7 @@ from leapasr.decoding.guards import token_bound
 from leapasr.decoding.options import DecodingResult, Hypothesis
 from leapasr.decoding.trace import DraftToken
 from leapasr.model.speech_llama import SpeechLlamaForConditionalGeneration
+from leapasr.model.text_trees import TextTrees
 from leapasr.training import mwer
 from leapasr.training.losses import (
     drafting_probabilities,
@@ -37,6 +38,15 @@ def toy_lists(seed=0):
     errors = torch.randint(0, 6, (3, 4), generator=generator).double()
     listed = torch.tensor([[True] * 4, [True, True, False, False], [True, False, False, False]])
     return log_probs, errors, listed
+
+
+def of_each_alone(logits_BUV, text_BM, lengths_B):
+    """`text_log_probabilities` of one text a row."""
+    nodes_B1U = torch.arange(logits_BUV.shape[1]).expand(len(logits_BUV), 1, -1)
+    (scores_B,) = text_log_probabilities(
+        logits_BUV, nodes_B1U, text_BM[:, None], lengths_B[:, None], end_token_id=EOS
+    ).unbind(1)
+    return scores_B
 
 
 def test_probabilities_of_a_list_sum_to_one():
@@ -91,7 +101,7 @@ def test_gradient_of_the_mwer_loss_by_finite_differences():
         higher = loss(moved)
         moved[index] -= 2 * small
         assert expected[index].item() == pytest.approx(((higher - loss(moved)) / (2 * small)).item(), abs=1e-7)
-    log_probs = text_log_probabilities(logits, text, lengths, end_token_id=EOS).view(B, N)
+    log_probs = of_each_alone(logits, text, lengths).view(B, N)
     ours = mwer_loss(list_probabilities(log_probs, listed), errors[:B, :N], listed)
     assert ours.item() == pytest.approx(loss(logits).item(), abs=1e-6)
     (found,) = torch.autograd.grad(ours, logits)
@@ -197,28 +207,67 @@ def encode(model, num_rows=5, num_frames=40, seed=0):
 SHAPES = [{}, {"ctc_positions": True}, {"draft_layers": 1}, {"head_type": "sequential"}, {"head_type": "projection"}]
 
 
+def many_texts(num_rows=5, num_texts=4, longest=9):
+    """Texts with common beginnings, repeated tokens, one that is another's beginning, one twice and one of no token."""
+    generator = torch.Generator().manual_seed(1)
+    texts = torch.randint(3, 6, (num_rows, num_texts, longest), generator=generator)
+    lengths = torch.randint(longest + 1, (num_rows, num_texts), generator=generator)
+    texts[0, 1], lengths[0, :2] = texts[0, 0], torch.tensor([longest, 5])
+    texts[1, 2], lengths[1, 2] = texts[1, 0], lengths[1, 0]
+    lengths[2, 0] = 0
+    return texts, lengths
+
+
+def trees_of(model, texts, lengths):
+    return TextTrees.of(texts, lengths, begin_token_id=model.config.bos_token_id)
+
+
+def test_a_node_for_each_beginning_of_a_text():
+    texts, lengths = many_texts()
+    trees = TextTrees.of(texts, lengths, begin_token_id=1)
+    num_nodes = []
+    for row in range(5):
+        all_texts = [[1, *text[:length]] for text, length in zip(texts[row].tolist(), lengths[row], strict=True)]
+        node_of = {}
+        for n, text in enumerate(all_texts):
+            for u in range(10):
+                node = int(trees.nodes_BNU[row, n, u])
+                if u >= len(text):
+                    assert node == 0
+                    continue
+                assert node_of.setdefault(tuple(text[: u + 1]), node) == node
+                assert (trees.tokens_BW[row, node], trees.places_BW[row, node]) == (text[u], u)
+                seen = trees.sees_BWW[row, node].nonzero().flatten().tolist()
+                assert seen == [node_of[tuple(text[: v + 1])] for v in range(u + 1)]
+        assert sorted(node_of.values()) == list(range(len(node_of)))
+        num_nodes.append(len(node_of))
+    assert trees.tokens_BW.shape[1] == max(num_nodes) < 30
+    assert len(set(num_nodes)) > 1  # rows with fewer nodes than others
+    assert trees.sees_BWW.any(2).all()  # attention to nothing is not a number
+
+
 @pytest.mark.parametrize("fields", SHAPES, ids=str)
-def test_texts_side_by_side_are_read_as_each_alone(build_tiny_model, fields):
+def test_texts_that_share_their_beginnings_are_read_as_each_alone(build_tiny_model, fields):
     model = build_tiny_model(**fields)
     encoding = encode(model)
-    generator = torch.Generator().manual_seed(1)
-    texts = torch.randint(3, 48, (5, 4, 9), generator=generator)
-    together = model.read_texts(*encoding.prefix, texts)
-    for n in range(4):
-        logits = model.head_logits(together[:, n], texts[:, n])
-        for ours, alone in zip(logits, model.read_text(*encoding.prefix, texts[:, n]), strict=True):
-            torch.testing.assert_close(ours, alone)
-    for row in range(5):  # nor does padding of the prefix count
-        length = int(encoding.lengths_B[row])
-        prefix = encoding.embeddings_BLD[row : row + 1, :length], encoding.lengths_B[row : row + 1]
-        alone = model.read_text(*prefix, encoding.positions_BL[row : row + 1, :length], texts[row, 2:3])
-        torch.testing.assert_close(model.head_logits(together[row, 2:3], texts[row, 2:3])[0], alone[0])
+    texts, lengths = many_texts()
+    trees = trees_of(model, texts, lengths)
+    together = trees.along(model.read_texts(*encoding.prefix, trees), texts=slice(None))
+    for row, n in itertools.product(range(5), range(4)):
+        length, size = int(lengths[row, n]), int(encoding.lengths_B[row])  # nor does padding of the prefix count
+        prefix = encoding.embeddings_BLD[row : row + 1, :size], encoding.lengths_B[row : row + 1]
+        text = texts[row : row + 1, n, :length]
+        logits = model.head_logits(together[row : row + 1, n, : length + 1], text)
+        alone = model.read_text(*prefix, encoding.positions_BL[row : row + 1, :size], text)
+        for ours, expected in zip(logits, alone, strict=True):
+            torch.testing.assert_close(ours, expected)
 
 
-def test_gradients_of_texts_side_by_side_are_those_of_each_alone(build_tiny_model):
+def test_gradients_of_texts_that_share_their_beginnings_are_those_of_each_alone(build_tiny_model):
     encoding = encode(build_tiny_model())
-    texts = torch.randint(3, 48, (5, 3, 9), generator=torch.Generator().manual_seed(1))
-    scale = torch.randn(5, 3, 10, 48, generator=torch.Generator().manual_seed(2)).double()
+    texts, lengths = many_texts()
+    scale = torch.randn(5, 4, 10, 48, generator=torch.Generator().manual_seed(2)).double()
+    scale *= (torch.arange(10) <= lengths[..., None])[..., None]
 
     def gradients(read):
         model = copy.deepcopy(build_tiny_model()).requires_grad_(True)
@@ -227,11 +276,12 @@ def test_gradients_of_texts_side_by_side_are_those_of_each_alone(build_tiny_mode
         return {name: p.grad for name, p in model.named_parameters() if p.grad is not None} | {"": prefix[0].grad}
 
     def together(model, prefix):
-        hidden = model.read_texts(*prefix, texts)
-        return model.head_logits(hidden.flatten(0, 1), texts.flatten(0, 1), num_heads=1)[0].unflatten(0, (5, 3))
+        trees = trees_of(model, texts, lengths)
+        (logits,) = model.head_logits(model.read_texts(*prefix, trees), trees.tokens_BW, num_heads=1)
+        return trees.along(logits, texts=slice(None))
 
     def alone(model, prefix):
-        return torch.stack([model.read_text(*prefix, texts[:, n], num_heads=1)[0] for n in range(3)], 1)
+        return torch.stack([model.read_text(*prefix, texts[:, n], num_heads=1)[0] for n in range(4)], 1)
 
     ours, expected = gradients(together), gradients(alone)
     assert ours.keys() == expected.keys() > {"", "decoder.model.embed_tokens.weight"}
@@ -314,9 +364,9 @@ def test_scores_of_the_search_are_those_that_are_trained(build_tiny_model):
     encoding = encode(model)
     results = search(model, encoding, DecodingOptions(strategy="beam", beam_size=3, nbest=3, drafts="mtp"))
     found = hypothesize(model, Words, encoding, batch_of(REFERENCES), nbest=3)
-    hidden, text = model.read_texts(*encoding.prefix, found.text_BNM).flatten(0, 1), found.text_BNM.flatten(0, 1)
-    logits = model.head_logits(hidden, text, num_heads=1)[0]
-    scores = text_log_probabilities(logits, text, found.lengths_BN.flatten(), end_token_id=EOS).view(5, 3)
+    trees = trees_of(model, found.text_BNM, found.lengths_BN)
+    (logits,) = model.head_logits(model.read_texts(*encoding.prefix, trees), trees.tokens_BW, num_heads=1)
+    scores = text_log_probabilities(logits, trees.nodes_BNU, found.text_BNM, found.lengths_BN, end_token_id=EOS)
     checked = 0
     for row, result in enumerate(results):
         for n, hypothesis in enumerate(result.hypotheses):
@@ -334,9 +384,12 @@ def test_risk_is_as_written_down(build_tiny_model, calls_weight):
     encoding = encode(model)
     batch = batch_of(REFERENCES)
     found = hypothesize(model, Words, encoding, batch, nbest=3, with_reference=True)
-    logits, risk, figures = read_lists(model, encoding, found, batch.text_ids, calls_weight=calls_weight)
+    logits, risk, figures = read_lists(
+        model, encoding, found, batch.text_ids, batch.text_lengths, calls_weight=calls_weight
+    )
+    read_BU = torch.arange(logits[0].shape[1]) <= batch.text_lengths[:, None]
     for ours, alone in zip(logits, model.read_text(*encoding.prefix, batch.text_ids), strict=True):
-        torch.testing.assert_close(ours, alone)
+        torch.testing.assert_close(ours[read_BU], alone[read_BU])
     expected, expected_errors, expected_number = 0.0, 0.0, 0.0
     for row in range(5):
         scores, errors, calls = [], [], []
@@ -344,7 +397,7 @@ def test_risk_is_as_written_down(build_tiny_model, calls_weight):
             length = found.lengths_BN[row, n : n + 1]
             text = found.text_BNM[row, n : n + 1, : length.item()]
             read = model.read_text(*(each[row : row + 1] for each in encoding.prefix), text)
-            scores.append(text_log_probabilities(read[0], text, length, end_token_id=EOS).item())
+            scores.append(of_each_alone(read[0], text, length).item())
             errors.append(found.errors_BN[row, n].item())
             drafting = drafting_probabilities(read[1:], text, length, end_token_id=EOS)
             calls.append(calls_by_cases(drafting[:, 0], length.item()) if length < 12 else None)
@@ -377,8 +430,8 @@ def test_calls_teach_further_heads_alone(build_tiny_model):
     model = copy.deepcopy(build_tiny_model(draft_layers=1)).requires_grad_(True)
     batch = batch_of(REFERENCES)
     found = hypothesize(model, Words, encode(model), batch, nbest=3)
-    unweighted = read_lists(model, encode(model), found, batch.text_ids)[1]
-    weighted = read_lists(model, encode(model), found, batch.text_ids, calls_weight=1.0)[1]
+    unweighted = read_lists(model, encode(model), found, batch.text_ids, batch.text_lengths)[1]
+    weighted = read_lists(model, encode(model), found, batch.text_ids, batch.text_lengths, calls_weight=1.0)[1]
     (weighted - unweighted).backward()
     moved = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().max() > 1e-12}
     assert "mtp_heads.expansion.weight" in moved
@@ -398,7 +451,7 @@ def test_one_step_against_the_risk_lowers_it():
     assert isinstance(found, Hypotheses)
 
     def risk():
-        return read_lists(model, encode(model), found, batch.text_ids)[1:]
+        return read_lists(model, encode(model), found, batch.text_ids, batch.text_lengths)[1:]
 
     before, figures = risk()
     before.backward()

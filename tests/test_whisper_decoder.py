@@ -28,6 +28,7 @@ from leapasr.evaluation.peers import generate
 from leapasr.model.building import build_model, build_processor
 from leapasr.model.checkpoints import CheckpointError, load_whisper, whisper_tokenizer
 from leapasr.model.speech_llama import SpeechLlamaForConditionalGeneration
+from leapasr.model.text_trees import TextTrees
 from leapasr.model.whisper_decoder import WhisperDecoder
 from leapasr.training.run import prepare, train
 from leapasr.training.tokenizer import BEGIN, END, PAD, frequent_tokens
@@ -244,7 +245,9 @@ def test_texts_side_by_side_are_read_as_each_alone(built):
     model, _ = built
     encoding = model.encode(*features(3))
     texts = torch.randint(KEPT, (3, 4, 9), generator=torch.Generator().manual_seed(3))
-    together = model.read_texts(*encoding.prefix, texts)
+    texts[:, 1, :4] = texts[:, 0, :4]
+    trees = TextTrees.of(texts, torch.full((3, 4), 9), begin_token_id=model.config.bos_token_id)
+    together = trees.along(model.read_texts(*encoding.prefix, trees), texts=slice(None))
     for n in range(4):
         logits = model.head_logits(together[:, n], texts[:, n])
         for ours, alone in zip(logits, model.read_text(*encoding.prefix, texts[:, n]), strict=True):

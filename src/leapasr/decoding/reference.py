@@ -16,7 +16,6 @@ from leapasr.decoding.guards import Guards, guard_rows
 from leapasr.decoding.interface import Decoder, Prompts
 from leapasr.decoding.options import DecodingOptions, DecodingResult, Hypothesis
 from leapasr.decoding.trace import TokenRecord
-from leapasr.model.speech_llama import causal_mask
 
 
 def full_forward(decoder: Decoder, prompt: Prompts, text_LD: Tensor) -> Tensor:
@@ -29,8 +28,9 @@ def full_forward(decoder: Decoder, prompt: Prompts, text_LD: Tensor) -> Tensor:
     positions_L = torch.arange(L, device=decoder.device)
     if prompt.positions_BL is not None:
         positions_L[: prompt.positions_BL.shape[1]] = prompt.positions_BL[0]
-    mask_11LL = causal_mask(L, decoder.dtype, decoder.device)
-    return decoder.call(embeddings_LD[None], positions_L[None], mask_11LL, None)[0]
+    hidden = torch.finfo(decoder.dtype).min
+    mask_LL = torch.full((L, L), hidden, dtype=decoder.dtype, device=decoder.device).triu(1)
+    return decoder.call(embeddings_LD[None], positions_L[None], mask_LL[None, None], None)[0]
 
 
 def _next_log_probabilities(decoder: Decoder, prompt: Prompts, tokens: Sequence[int]) -> Tensor:

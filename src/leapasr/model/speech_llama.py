@@ -3,8 +3,8 @@
 The prompt of a row is its speech embeddings followed by the begin-of-text token; text follows. Rows are
 right-padded, so that padding always lies behind what a causal mask lets a real position see.
 
-Shapes: B rows, T frames, L speech embeddings, N texts a row, M text tokens, U = M + 1 text positions (begin-of-text
-and the tokens), W = N · U, S what these may look at, D decoder width, H what heads read (D, 2D with draft layers),
+Shapes: B rows, T frames, L speech embeddings, M text tokens, U = M + 1 text positions (begin-of-text and the tokens),
+W inputs of the decoder, S what these may look at, D decoder width, H what heads read (D, 2D with draft layers),
 V vocabulary, F mel bins.
 """
 
@@ -29,9 +29,10 @@ from leapasr.model.adapter import Adapter, SharedCTCHead, SpeechProjection, stac
 from leapasr.model.checkpoints import CheckpointError
 from leapasr.model.configuration import SpeechLlamaConfig
 from leapasr.model.draft_layers import build_draft_layers, leave_out_feed_forward, read_hidden
-from leapasr.model.encoders import FEATURE_RATE, attention_bias, build_encoder, padding_mask
+from leapasr.model.encoders import FEATURE_RATE, build_encoder, padding_mask
 from leapasr.model.mtp_heads import build_heads
 from leapasr.model.precision import cast
+from leapasr.model.text_trees import TextTrees
 
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
@@ -116,18 +117,6 @@ def join_positions(positions_BL: Tensor, lengths_B: Tensor, size: int) -> Tensor
     place = torch.arange(size, device=lengths_B.device)[None]
     longer = nn.functional.pad(positions_BL, (0, max(0, size - positions_BL.shape[1])))[:, :size]
     return torch.where(place < lengths_B[:, None], longer, place)
-
-
-def causal_mask(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Additive mask (1, 1, size, size) that hides what lies behind."""
-    return torch.full((size, size), torch.finfo(dtype).min, dtype=dtype, device=device).triu(1)[None, None]
-
-
-def side_by_side_mask(num_texts: int, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Additive mask (1, 1, W, W) of `num_texts` texts of `size` in a row: each sees what is before it of its own."""
-    text_W = torch.arange(num_texts, device=device).repeat_interleave(size)
-    causal_11WW = causal_mask(num_texts * size, dtype, device)
-    return causal_11WW.masked_fill(text_W[:, None] != text_W[None], torch.finfo(dtype).min)
 
 
 class SpeechLlamaForConditionalGeneration(PreTrainedModel):
@@ -413,52 +402,62 @@ class SpeechLlamaForConditionalGeneration(PreTrainedModel):
         Returns:
             `num_heads` tensors (B, U, V); at position u (0 is begin-of-text) head k predicts token u + k.
         """
-        hidden_B1UH = self.read_texts(embeddings_BLD, lengths_B, positions_BL, text_BM[:, None])
-        return self.head_logits(hidden_B1UH[:, 0], text_BM, num_heads=num_heads)
+        trees = TextTrees.of(
+            text_BM[:, None],
+            torch.full_like(lengths_B[:, None], text_BM.shape[1]),
+            begin_token_id=self.config.bos_token_id,
+        )
+        return self.head_logits(
+            self.read_texts(embeddings_BLD, lengths_B, positions_BL, trees), text_BM, num_heads=num_heads
+        )
 
-    def read_texts(self, embeddings_BLD: Tensor, lengths_B: Tensor, positions_BL: Tensor, text_BNM: Tensor) -> Tensor:
-        """What heads read (`read_hidden`) of N texts a row, teacher forced in one pass.
+    def read_texts(self, embeddings_BLD: Tensor, lengths_B: Tensor, positions_BL: Tensor, trees: TextTrees) -> Tensor:
+        """What heads read (`read_hidden`) of several texts a row, teacher forced in one pass.
 
-        The texts stand side by side behind one prefix, whose keys and values they share, and do not see each other.
+        The texts stand behind one prefix, whose keys and values they share, as they share what they have in common
+        themselves (`TextTrees`).
 
         Args:
             embeddings_BLD, lengths_B, positions_BL: the prefix, without begin-of-text, as `SpeechEncoding` has it.
-            text_BNM: token ids (B, N, M), padded with any id behind each text's end.
 
         Returns:
-            (B, N, U, H), for `head_logits`.
+            (B, W, H), of each node, for `head_logits`.
         """
-        B, N, _ = text_BNM.shape
-        text_PUD = self.begin_text(text_BNM.flatten(0, 1)).to(embeddings_BLD.dtype)
-        U, L, dtype, device = text_PUD.shape[1], embeddings_BLD.shape[1], text_PUD.dtype, text_PUD.device
-        prefix_B1WL = attention_bias(padding_mask(lengths_B, L), dtype).expand(B, 1, N * U, L)
-        own_B1WW = side_by_side_mask(N, U, dtype, device).expand(B, 1, N * U, N * U)
-        inputs = text_PUD.unflatten(0, (B, N)).flatten(1, 2)
-        mask = torch.cat([prefix_B1WL, own_B1WW], -1)
-        positions = torch.arange(U, device=device).repeat(N).expand(B, N * U)
+        B, L, _ = embeddings_BLD.shape
+        dtype, device, num_soft = embeddings_BLD.dtype, embeddings_BLD.device, self.config.soft_prompt
+        inputs = self.embed_text(trees.tokens_BW, trees.places_BW).to(dtype)
+        positions, sees = trees.places_BW + num_soft, trees.sees_BWW
+        if self.soft_prompt is not None:  # before begin-of-text, and seen from everywhere behind it
+            inputs = torch.cat([self.soft_prompt.weight.to(dtype).expand(B, -1, -1), inputs], 1)
+            positions = torch.cat([torch.arange(num_soft, device=device).expand(B, -1), positions], 1)
+            sees = nn.functional.pad(sees, (num_soft, 0), value=True)
+            soft_SW = torch.ones(num_soft, sees.shape[2], dtype=torch.bool, device=device).tril()
+            sees = torch.cat([soft_SW.expand(B, -1, -1), sees], 1)
+        W = inputs.shape[1]
+        mask = torch.cat([padding_mask(lengths_B, L)[:, None].expand(B, W, L), sees], 2)
         cache = None
         if self.config.speech_as_memory:
             cache = DynamicCache()
             self.remember(embeddings_BLD, cache)
         else:
             inputs = torch.cat([embeddings_BLD, inputs], 1)
-            nothing_LW = torch.full((L, N * U), torch.finfo(dtype).min, dtype=dtype, device=device)
-            causal_LS = torch.cat([causal_mask(L, dtype, device)[0, 0], nothing_LW], 1)
-            mask = torch.cat([causal_LS.expand(B, 1, L, L + N * U), mask], 2)
+            causal_LS = torch.ones(L, L + W, dtype=torch.bool, device=device).tril()
+            mask = torch.cat([causal_LS.expand(B, -1, -1), mask], 1)
             positions = torch.cat([positions_BL, lengths_B[:, None] + positions], 1)
         hidden = read_hidden(
             self.decoder.base_model,
             self.draft_layers,
             inputs,
             position_ids=positions,
-            attention_mask=mask,  # given whole: from positions alone transformers would make out other texts
+            # given whole: from positions alone transformers would make out other texts
+            attention_mask=torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)[:, None],
             past_key_values=cache,
             use_cache=cache is not None,
         )
-        return hidden[:, -N * U :].unflatten(1, (N, U))[:, :, self.config.soft_prompt :]
+        return hidden[:, -trees.tokens_BW.shape[1] :]
 
     def head_logits(self, hidden_BUH: Tensor, text_BM: Tensor, *, num_heads: int | None = None) -> list[Tensor]:
-        """Logits of heads 1..K from what `read_texts` gave for one text a row.
+        """Logits of heads 1..K from what `read_texts` gave, along one text a row.
 
         Args:
             hidden_BUH: (B, U, H). text_BM: ids (B, M) of the same texts.

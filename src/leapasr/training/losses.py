@@ -1,8 +1,8 @@
 """Training losses: CTC, cross-entropy summed over the K heads with shifted labels, and what to expect of a list of
 hypotheses: word errors (minimum word error rate) and decoder calls.
 
-Shapes: B rows, N hypotheses a row, T CTC frames, M text tokens, U = M + 1 text positions, K heads, G = K − 1 guesses,
-V vocabulary.
+Shapes: B rows, N hypotheses a row, T CTC frames, M text tokens, U = M + 1 text positions, W nodes that texts share,
+K heads, G = K − 1 guesses, V vocabulary.
 """
 
 from __future__ import annotations
@@ -86,10 +86,20 @@ def label_log_probabilities(logits_BUV: Tensor, labels_BU: Tensor) -> Tensor:
     return -F.cross_entropy(logits_BUV.transpose(1, 2).float(), labels_BU, ignore_index=IGNORED, reduction="none")
 
 
-def text_log_probabilities(logits_BUV: Tensor, text_BM: Tensor, lengths_B: Tensor, *, end_token_id: int) -> Tensor:
-    """Natural-log probability (B,) of each text by head 1's logits (B, U, V), end-of-text included."""
-    labels_BU = shifted_labels(text_BM, lengths_B, head=1, end_token_id=end_token_id)
-    return label_log_probabilities(logits_BUV, labels_BU).sum(-1)
+def text_log_probabilities(
+    logits_BWV: Tensor, nodes_BNU: Tensor, text_BNM: Tensor, lengths_BN: Tensor, *, end_token_id: int
+) -> Tensor:
+    """Natural-log probabilities (B, N) of texts, end-of-text included.
+
+    Args:
+        logits_BWV: head 1's, of the nodes that the texts share. nodes_BNU: as of `TextTrees`.
+    """
+    text_PM, lengths_P = text_BNM.flatten(0, 1), lengths_BN.flatten()
+    labels_BNU = shifted_labels(text_PM, lengths_P, head=1, end_token_id=end_token_id).view_as(nodes_BNU)
+    log_probs_BWV = logits_BWV.float().log_softmax(-1)
+    rows_B11 = torch.arange(len(logits_BWV), device=logits_BWV.device)[:, None, None]
+    given_BNU = log_probs_BWV[rows_B11, nodes_BNU, labels_BNU.clamp(min=0)]
+    return given_BNU.masked_fill(labels_BNU == IGNORED, 0.0).sum(-1)
 
 
 def list_probabilities(log_probs_BN: Tensor, listed_BN: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from leapasr.decoding.rejoin import Spelling, as_one
 from leapasr.evaluation.scoring import count_word_errors
 from leapasr.model.processing import SpeechLlamaProcessor, spelling
 from leapasr.model.speech_llama import SpeechEncoding, SpeechLlamaForConditionalGeneration
+from leapasr.model.text_trees import TextTrees
 from leapasr.text import NORMALIZER
 from leapasr.training.encoder_cache import FrameBatch
 from leapasr.training.losses import (
@@ -125,13 +126,14 @@ def read_lists(
     encoding: SpeechEncoding,
     found: Hypotheses,
     reference_BM: Tensor,
+    reference_lengths_B: Tensor,
     *,
     calls_weight: float = 0.0,
 ) -> tuple[list[Tensor], Tensor, dict[str, Tensor]]:
     """Read N-best lists, and the references beside them, in one pass.
 
     Args:
-        reference_BM: ids of each row's reference, as the decoder is to read them.
+        reference_BM, reference_lengths_B: ids of each row's reference, as the decoder is to read them.
 
     Returns:
         the logits of heads 1..K on the references, K × (B, U, V); the risk of the lists, `mwer_loss` and, weighted,
@@ -139,13 +141,17 @@ def read_lists(
     """
     M = max(found.text_BNM.shape[-1], reference_BM.shape[-1])
     texts_BNM = torch.cat([_widened(found.text_BNM, M), _widened(reference_BM[:, None], M)], 1)
-    hidden_BNUH = model.read_texts(*encoding.prefix, texts_BNM)
-    reference_logits = model.head_logits(hidden_BNUH[:, -1, : reference_BM.shape[-1] + 1], reference_BM)
-    text_PM, lengths_P = texts_BNM[:, :-1].flatten(0, 1), found.lengths_BN.flatten()
-    list_logits = model.head_logits(hidden_BNUH[:, :-1].flatten(0, 1), text_PM, num_heads=None if calls_weight else 1)
+    lengths_BN = torch.cat([found.lengths_BN, reference_lengths_B[:, None]], 1)
     end_token_id = model.config.eos_token_id
-    log_probs_P = text_log_probabilities(list_logits[0], text_PM, lengths_P, end_token_id=end_token_id)
-    probabilities_BN = list_probabilities(log_probs_P.view_as(found.lengths_BN), found.listed_BN)
+    trees = TextTrees.of(texts_BNM, lengths_BN, begin_token_id=model.config.bos_token_id)
+    hidden_BWH = model.read_texts(*encoding.prefix, trees)
+    hidden_B1UH = trees.along(hidden_BWH, texts=slice(-1, None))
+    reference_logits = model.head_logits(hidden_B1UH[:, 0, : reference_BM.shape[-1] + 1], reference_BM)
+    (node_logits_BWV,) = model.head_logits(hidden_BWH, trees.tokens_BW, num_heads=1)
+    log_probs_BN = text_log_probabilities(
+        node_logits_BWV, trees.nodes_BNU, texts_BNM, lengths_BN, end_token_id=end_token_id
+    )
+    probabilities_BN = list_probabilities(log_probs_BN[:, :-1], found.listed_BN)
     risk = mwer_loss(probabilities_BN, found.errors_BN, found.listed_BN)
     figures = {
         "errors_expected": (probabilities_BN.detach() * found.errors_BN).sum(-1).mean(),
@@ -155,7 +161,10 @@ def read_lists(
         "search_seconds": torch.tensor(found.seconds),
     }
     if calls_weight:
-        drafting_GPU = drafting_probabilities(list_logits[1:], text_PM, lengths_P, end_token_id=end_token_id)
+        text_PM, lengths_P = texts_BNM[:, :-1].flatten(0, 1), found.lengths_BN.flatten()
+        hidden_BNUH = trees.along(hidden_BWH, texts=slice(0, -1))
+        further_logits = model.head_logits(hidden_BNUH.flatten(0, 1), text_PM)[1:]
+        drafting_GPU = drafting_probabilities(further_logits, text_PM, lengths_P, end_token_id=end_token_id)
         calls_BN = expected_calls(drafting_GPU, lengths_P).view_as(probabilities_BN)
         # not by the list's probabilities: they would teach head 1 to write less
         calls = (probabilities_BN.detach() * calls_BN).sum(-1).mean()

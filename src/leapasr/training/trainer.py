@@ -127,7 +127,7 @@ class StageTask(torch.nn.Module):
                     with_reference=settings.reference and torch.is_grad_enabled(),
                 )  # fmt: skip
                 head_logits, risk, of_lists = read_lists(
-                    model, encoding, found, self.read(batch), calls_weight=settings.calls_weight
+                    model, encoding, found, self.read(batch), batch.text_lengths, calls_weight=settings.calls_weight
                 )
                 total, figures = total + risk, figures | of_lists
             elif task != "ctc":
