@@ -28,7 +28,7 @@ import torch
 from results import percent, test_sets
 from strategies import measure_limits
 
-from leapasr.config import MWER, WHISPER_SCALES, Stage
+from leapasr.config import MWER, WHISPER_SCALES, Stage, Task
 from leapasr.data.augmentation import NO_AUGMENTATION
 from leapasr.data.manifests import read_manifest, spread
 from leapasr.decoding import DecodingOptions
@@ -60,6 +60,7 @@ class Variant:
     """A model of the experiment.
 
     heads, num_heads, draft_layers: its further heads; ``latent`` stands for none where `num_heads` is 1.
+    frozen: the further heads train alone, and head 1 and its decoder stay as the start has them.
     after: the variant that it goes on from; None is the common start. mwer: of MWER training; None is cross-entropy.
     headline: it is decoded with every strategy.
     """
@@ -68,6 +69,7 @@ class Variant:
     num_heads: int
     seed: int = 1
     draft_layers: int = 0
+    frozen: bool = False
     after: Variant | None = None
     mwer: MWER | None = None
     headline: bool = False
@@ -77,6 +79,8 @@ class Variant:
         architecture = "K = 1" if self.num_heads == 1 else f"{self.heads} {self.num_heads}"
         if self.draft_layers:
             architecture += f", {self.draft_layers} layers of their own"
+        if self.frozen:
+            architecture += ", head 1 frozen"
         if self.after is None:
             return f"{architecture}, seed {self.seed}"
         if self.mwer is None:
@@ -102,7 +106,8 @@ def variants() -> list[Variant]:
     latent = [Variant("latent", 4, seed, headline=seed == 1) for seed in (1, 2)]
     others = [Variant(heads, 4) for heads in ("projection", "residual", "sequential")]
     others += [Variant("latent", number) for number in (2, 6, 8)]
-    others.append(Variant("latent", 8, draft_layers=2))
+    others += [Variant("latent", 8, draft_layers=2), Variant("latent", 4, frozen=True)]
+    others.append(Variant("latent", 8, draft_layers=2, frozen=True))
     trained = [replace(each, after=each, mwer=MWER()) for each in (*one, *latent)]
     controls = [replace(each, after=each, headline=False) for each in (one[0], latent[0])]
     of_calls = replace(latent[0], after=latent[0], mwer=MWER(calls_weight=0.1), headline=False)
@@ -117,7 +122,8 @@ def stage_of(variant: Variant, arguments: argparse.Namespace) -> Stage:
     )  # fmt: skip
     if variant.after is None:
         updates = arguments.updates
-        return Stage("joint", "joint", updates, learning_rate=4e-4, warmup=updates // 8, final_lr=0.1, **common)
+        task: Task = "heads" if variant.frozen else "joint"
+        return Stage(task, task, updates, learning_rate=4e-4, warmup=updates // 8, final_lr=0.1, **common)
     updates, rate = arguments.mwer_updates, arguments.mwer_rate
     common |= {"learning_rate": rate, "warmup": updates // 8, "final_lr": 0.1}
     if variant.mwer is None:
@@ -211,6 +217,7 @@ class Row:
     heads: str | None
     num_heads: int
     draft_layers: int
+    frozen: bool
     mwer: bool
     seed: int
     set: str
@@ -264,6 +271,7 @@ class Results:
             heads=None if variant.num_heads == 1 else variant.heads,
             num_heads=variant.num_heads,
             draft_layers=variant.draft_layers,
+            frozen=variant.frozen,
             mwer=variant.mwer is not None,
             seed=variant.seed,
             set=test_set,
@@ -397,7 +405,7 @@ def draw(results: Results, path: Path) -> None:
         (variant.num_heads, results.rows[variant, FIRST_SET, "verify mtp"].call_reduction)
         for variant in results.chosen
         if variant.heads == "latent" and variant.num_heads > 1 and variant.seed == 1
-        and not variant.draft_layers and variant.after is None
+        and not variant.draft_layers and not variant.frozen and variant.after is None
     )  # fmt: skip
     right.plot(*zip(*by_number, strict=True), marker="o", label="latent")
     for variant in results.chosen:
