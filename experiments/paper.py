@@ -60,6 +60,7 @@ class Variant:
     """A model of the experiment.
 
     heads, num_heads, draft_layers: its further heads; ``latent`` stands for none where `num_heads` is 1.
+    seed: of its training; None for the start, which is not trained.
     frozen: the further heads train alone, and head 1 and its decoder stay as the start has them.
     after: the variant that it goes on from; None is the common start. mwer: of MWER training; None is cross-entropy.
     headline: it is decoded with every strategy.
@@ -67,7 +68,7 @@ class Variant:
 
     heads: str
     num_heads: int
-    seed: int = 1
+    seed: int | None = 1
     draft_layers: int = 0
     frozen: bool = False
     after: Variant | None = None
@@ -81,6 +82,8 @@ class Variant:
             architecture += f", {self.draft_layers} layers of their own"
         if self.frozen:
             architecture += ", head 1 frozen"
+        if self.seed is None:
+            return f"{architecture}, the start"
         if self.after is None:
             return f"{architecture}, seed {self.seed}"
         if self.mwer is None:
@@ -90,14 +93,17 @@ class Variant:
 
     @property
     def baseline(self) -> Variant | None:
-        """What it went on from, or head 1 alone of the same seed; None for that itself."""
-        if self.after is not None or self.num_heads == 1:
+        """What it went on from, or head 1 alone of the same seed; None for the start."""
+        if self.after is not None or self.seed is None:
             return self.after
-        return Variant("latent", 1, self.seed, headline=self.seed == 1)
+        return START if self.num_heads == 1 else Variant("latent", 1, self.seed, headline=self.seed == 1)
 
     @property
     def folder(self) -> str:
         return self.name.replace(" = ", "").replace(",", "").replace(" ", "-")
+
+
+START = Variant("latent", 1, seed=None)
 
 
 def variants() -> list[Variant]:
@@ -111,7 +117,7 @@ def variants() -> list[Variant]:
     trained = [replace(each, after=each, mwer=MWER()) for each in (*one, *latent)]
     controls = [replace(each, after=each, headline=False) for each in (one[0], latent[0])]
     of_calls = replace(latent[0], after=latent[0], mwer=MWER(calls_weight=0.1), headline=False)
-    return [*one, *latent, *others, *trained, *controls, of_calls]
+    return [START, *one, *latent, *others, *trained, *controls, of_calls]
 
 
 def stage_of(variant: Variant, arguments: argparse.Namespace) -> Stage:
@@ -146,6 +152,10 @@ def train(variant: Variant, arguments: argparse.Namespace) -> None:
     """Train `variant`, if that was not done before; of the training, its model and its log stay."""
     folder = arguments.work / variant.folder
     if (folder / "trained").exists():
+        return
+    if variant == START:
+        shutil.copytree(make_start(arguments), folder / "model")
+        (folder / "trained").touch()
         return
     print(f"training: {variant.name}", flush=True)
     stage = stage_of(variant, arguments)
@@ -219,7 +229,7 @@ class Row:
     draft_layers: int
     frozen: bool
     mwer: bool
-    seed: int
+    seed: int | None
     set: str
     strategy: str
     drafts: str | None
@@ -315,8 +325,8 @@ def interval(value: float, low: float, high: float) -> str:
 def heads_table(results: Results) -> list[str]:
     """Markdown: every variant of cross-entropy alone on the first set."""
     lines = [
-        "| variant | further parameters | WER %, head 1 | minus K = 1 | calls, mtp | calls, mtp and CTC "
-        "| heads 2, 3, … right % | decoder time, verify mtp |",
+        "| variant | further parameters | WER %, head 1 | minus K = 1 (that: minus the start) | calls, mtp "
+        "| calls, mtp and CTC | heads 2, 3, … right % | decoder time, verify mtp |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for variant in results.chosen:
