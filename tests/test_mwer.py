@@ -213,6 +213,7 @@ def many_texts(num_rows=5, num_texts=4, longest=9):
     texts = torch.randint(3, 6, (num_rows, num_texts, longest), generator=generator)
     lengths = torch.randint(longest + 1, (num_rows, num_texts), generator=generator)
     texts[0, 1], lengths[0, :2] = texts[0, 0], torch.tensor([longest, 5])
+    texts[3, 1], lengths[3, :2] = texts[3, 0], torch.tensor([4, longest])  # what pads the first is the second's text
     texts[1, 2], lengths[1, 2] = texts[1, 0], lengths[1, 0]
     lengths[2, 0] = 0
     return texts, lengths
