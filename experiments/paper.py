@@ -96,7 +96,7 @@ class Variant:
         """What it went on from, or head 1 alone of the same seed; None for the start."""
         if self.after is not None or self.seed is None:
             return self.after
-        return START if self.num_heads == 1 else Variant("latent", 1, self.seed, headline=self.seed == 1)
+        return START if self.num_heads == 1 else latent(1, self.seed)
 
     @property
     def folder(self) -> str:
@@ -106,18 +106,22 @@ class Variant:
 START = Variant("latent", 1, seed=None)
 
 
+def latent(num_heads: int, seed: int) -> Variant:
+    """What is trained with several seeds; the first is decoded with every strategy."""
+    return Variant("latent", num_heads, seed, headline=seed == 1)
+
+
 def variants() -> list[Variant]:
     """All models, those that others go on from before them."""
-    one = [Variant("latent", 1, seed, headline=seed == 1) for seed in (1, 2)]
-    latent = [Variant("latent", 4, seed, headline=seed == 1) for seed in (1, 2)]
+    one, four = ([latent(number, seed) for seed in (1, 2)] for number in (1, 4))
     others = [Variant(heads, 4) for heads in ("projection", "residual", "sequential")]
     others += [Variant("latent", number) for number in (2, 6, 8)]
     others += [Variant("latent", 8, draft_layers=2), Variant("latent", 4, frozen=True)]
     others.append(Variant("latent", 8, draft_layers=2, frozen=True))
-    trained = [replace(each, after=each, mwer=MWER()) for each in (*one, *latent)]
-    controls = [replace(each, after=each, headline=False) for each in (one[0], latent[0])]
-    of_calls = replace(latent[0], after=latent[0], mwer=MWER(calls_weight=0.1), headline=False)
-    return [START, *one, *latent, *others, *trained, *controls, of_calls]
+    trained = [replace(each, after=each, mwer=MWER()) for each in (*one, *four)]
+    controls = [replace(each, after=each, headline=False) for each in (one[0], four[0])]
+    of_calls = replace(four[0], after=four[0], mwer=MWER(calls_weight=0.1), headline=False)
+    return [START, *one, *four, *others, *trained, *controls, of_calls]
 
 
 def stage_of(variant: Variant, arguments: argparse.Namespace) -> Stage:

@@ -151,7 +151,6 @@ class SpeechProjection(nn.Module):
         ids_BT = lengths_B.new_full(frames_BTD.shape[:2], self.blank)
         if self.config.decoder_reads_ctc:
             ids_BT = self.best_tokens(ctc_logits_BTV, lengths_B)
-        if self.config.drafts_remember_ctc or (self.config.ctc_in_prompt and not self.config.speech_as_memory):
             with_ctc = embeddings + self.read_ctc(ctc_logits_BTV, ids_BT, lengths_B, token_embeddings_VD)
             embeddings = torch.cat([embeddings, with_ctc], -1) if self.config.drafts_remember_ctc else with_ctc
         missing = -ids_BT.shape[1] % self.stacking

@@ -156,8 +156,7 @@ class SpeechLlamaConfig(PreTrainedConfig):
     @property
     def decoder_reads_ctc(self) -> bool:
         """Whether anything that the decoder or its heads are given of the speech depends on what CTC reads."""
-        in_prompt = self.ctc_in_prompt and not self.speech_as_memory
-        return in_prompt or self.drafts_remember_ctc or self.ctc_positions
+        return self.drafts_remember_ctc or (self.ctc_in_prompt and not self.speech_as_memory)
 
     @property
     def vocab_size(self) -> int:
