@@ -2,6 +2,7 @@
 
 import copy
 
+import psutil
 import pytest
 import torch
 from test_decoding import MAX_TOKENS, make_prompts
@@ -12,7 +13,7 @@ from leapasr.decoding import DecodingOptions, SpeechLlamaDecoder, decode
 from leapasr.decoding.cache import RaggedCache
 from leapasr.decoding.interface import CausalLMDecoder, Ways
 from leapasr.decoding.lean import LeanLayers
-from leapasr.decoding.packing import PACKINGS, pack
+from leapasr.decoding.packing import LEFT_FREE, PACKINGS, pack
 from leapasr.model.argmax import argmax
 from leapasr.model.draft_layers import leave_out_feed_forward, read_hidden
 from leapasr.model.low_rank import add_low_rank
@@ -119,6 +120,15 @@ def test_what_cannot_be_packed_stays(packing):
     assert pack(linear, packing) is linear
     elsewhere = nn.Linear(8, 8, device="meta")
     assert pack(elsewhere, packing) is elsewhere
+
+
+def test_copies_that_would_fill_the_memory_are_not_made(monkeypatch):
+    linear, memory = nn.Linear(8, 8), psutil.virtual_memory()
+    enough = LEFT_FREE + linear.weight.nbytes
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory._replace(available=enough))
+    assert pack(linear, "onednn") is not linear
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory._replace(available=enough - 1))
+    assert pack(linear, "onednn") is linear
 
 
 @pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="this PyTorch has no MKL")

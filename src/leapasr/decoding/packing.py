@@ -11,6 +11,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Literal, get_args
 
+import psutil
 import torch
 from torch import Tensor, nn
 
@@ -19,16 +20,18 @@ Packing = Literal["mkl", "onednn"]  # of float32, by whose kernels: which are fa
 PACKINGS: tuple[Packing, ...] = get_args(Packing)
 
 ROWS_HINT = 16  # what layouts are made for; other numbers of rows are as right, and about as fast
+LEFT_FREE = 2**31  # bytes of memory that packed copies leave to caches, and to whatever else runs
 CHECKED = (1, 3, 24)  # rows of the products that packed weights have to get right before they are used
 
 
 def pack(linear: nn.Linear, packing: Packing) -> Product:
     """What does what `linear` does, from a packed copy of its weights as they are now; `linear` itself if none can be.
 
-    The copy takes as much memory as the weights. float32 and bfloat16 on a CPU can be packed.
+    The copy takes as much memory as the weights: of a decoder that half fills the machine, some stay as they are.
+    float32 and bfloat16 on a CPU can be packed.
     """
     weight, bias = linear.weight.detach(), None if linear.bias is None else linear.bias.detach()
-    if weight.device.type != "cpu":
+    if weight.device.type != "cpu" or psutil.virtual_memory().available < weight.nbytes + LEFT_FREE:
         return linear
     if weight.dtype == torch.float32 and packing == "mkl" and torch.backends.mkl.is_available():
         product = _by_mkl(weight, bias)
