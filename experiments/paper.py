@@ -441,10 +441,10 @@ def write(results: Results, arguments: argparse.Namespace) -> None:
         "",
         f"`experiments/paper.py`: one start, the model that ships with head 1 alone; {arguments.updates} updates of "
         f"{arguments.batch:g} s with all heads' cross-entropy (further heads weigh {arguments.head_weight:g} · "
-        f"0.8^(k−1)), then, where it says so, {arguments.mwer_updates} of MWER on lists of {MWER().nbest}, or as many "
-        "further ones of cross-entropy. Encoder and CTC stay as they are. Decoding "
-        f"in {arguments.dtype}, batch {arguments.batch_size}, {torch.get_num_threads()} CPU threads; drafts of CTC in "
-        "full. What follows from it: [training.md](training.md).",
+        f"0.8^(k−1)), then, where it says so, {arguments.mwer_updates} of MWER on lists of {MWER().nbest}, rate "
+        f"{arguments.mwer_rate:g}, or as many further ones of cross-entropy. Encoder and CTC stay as they are. "
+        f"Decoding in {arguments.dtype}, batch {arguments.batch_size}, {torch.get_num_threads()} CPU threads; drafts "
+        "of CTC in full. What follows from it: [training.md](training.md).",
         "",
         f"## Heads, on {FIRST_SET}",
         "",
