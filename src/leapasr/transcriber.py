@@ -13,7 +13,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, overload
 
@@ -28,11 +28,11 @@ from yaml import YAMLError
 from leapasr.audio import SAMPLE_RATE, AudioError, read_blocks
 from leapasr.chunks import WHOLE, Chunk, Clip, by_length, check_clips, clipped, cut_pieces, cut_recording, windows
 from leapasr.decoding import DecodingOptions, DecodingResult, Prompts, SpeechLlamaDecoder, build_loop
-from leapasr.decoding.costs import FREE, CallCosts, tune
+from leapasr.decoding.costs import FREE, CallCosts, find_costs, find_ways
 from leapasr.decoding.ctc import greedy_ctc, read_ctc
 from leapasr.decoding.drafts import Drafter, Reading, build_drafter
 from leapasr.decoding.guards import MAX_TOKENS_AT_LEAST, MAX_TOKENS_PER_SECOND, token_bound
-from leapasr.decoding.interface import Decoder
+from leapasr.decoding.interface import Decoder, Ways
 from leapasr.decoding.rejoin import Spelling
 from leapasr.decoding.rules import Rules
 from leapasr.model.argmax import argmax
@@ -45,6 +45,7 @@ from leapasr.model.speech_llama import SpeechLlamaForConditionalGeneration
 from leapasr.model.whisper import is_whisper
 from leapasr.running import DecodedChunk, EncodedBatch, RunningBatch, timed
 from leapasr.transcription import Segment, Transcription, timed_words, token_times
+from leapasr.workers import num_workers, share_out
 
 if TYPE_CHECKING:
     from leapasr.whisper_transcriber import WhisperOptions
@@ -73,6 +74,16 @@ class DecodedBatch:
 
     results: list[DecodingResult]
     seconds: float
+
+
+@dataclass(frozen=True)
+class _Done:
+    """A chunk, its segment if it has one, and its part of the time that passed."""
+
+    chunk: Chunk
+    segment: Segment | None
+    encoder_seconds: float
+    decoder_seconds: float
 
 
 class Transcriber:
@@ -110,7 +121,8 @@ class Transcriber:
         self.model: Any = model.eval()
         self.processor, self.decoder, self.language = processor, decoder, language
         self.dtype = str(decoder.dtype).removeprefix("torch.")
-        self._costs: CallCosts | None = None
+        self._ways: Ways | None = None
+        self._costs: dict[int, CallCosts] = {}  # by numbers of cores
         self._costs_lock = threading.Lock()
 
     @property
@@ -120,11 +132,14 @@ class Transcriber:
 
     @property
     def costs(self) -> CallCosts:
-        """Of decoder calls on this machine: measured when something is first decoded, then kept in a file."""
+        """Of decoder calls on so many cores as this thread has: measured when first asked for, then kept in a file."""
+        num_cores = torch.get_num_threads()
         with self._costs_lock:
-            if self._costs is None:
-                self._costs = tune(self.decoder, self._shape)
-            return self._costs
+            if self._ways is None:
+                self._ways = find_ways(self.decoder, self._shape)
+            if num_cores not in self._costs:
+                self._costs[num_cores] = find_costs(self.decoder, self._shape, self._ways)
+            return self._costs[num_cores]
 
     @property
     def _shape(self) -> str:
@@ -278,12 +293,13 @@ class Transcriber:
                 yield index, Transcription(ordered, end, encoder, decoder, self.language_of(language))
 
         for window in windows((chunk, chunk.samples) for chunk in heard()):
-            batches = by_length((chunk for chunk, _ in window), batch_size)
-            for done, segment in self._segments(batches, options, batch_size, word_times, vad_filter):
+            number = num_workers(self.model.device, min(batch_size, len(window)))
+            batches = by_length((chunk for chunk, _ in window), batch_size // number)
+            for done in self._segments(batches, options, number, batch_size, word_times, vad_filter):
                 recording = done.chunk.recording
-                if segment:
-                    segments[recording].append(segment)
-                seconds[recording] += [done.encoder_seconds, done.seconds, done.chunk.seconds]
+                if done.segment:
+                    segments[recording].append(done.segment)
+                seconds[recording] += [done.encoder_seconds, done.decoder_seconds, done.chunk.seconds]
                 if progress:
                     progress(done.chunk.seconds)
             yield from finished()
@@ -313,18 +329,21 @@ class Transcriber:
             ValueError: as in `transcribe`, at the call.
         """
         self._check_call(options, batch_size, clips, language)
-        chunks = self.listen(0, audio, clips, language=language)
+        heard = self.listen(0, audio, clips, language=language)
         waiting: deque[Chunk] = deque()
 
-        def batches() -> Iterator[Sequence[Chunk]]:
-            while batch := list(islice(chunks, batch_size)):
+        def batches(chunks: Iterator[Chunk], size: int) -> Iterator[Sequence[Chunk]]:
+            while batch := list(islice(chunks, size)):
                 waiting.extend(batch)
                 yield batch
 
         def in_order() -> Iterator[Segment]:
             segments: dict[float, Segment | None] = {}
-            for done, segment in self._segments(batches(), options, batch_size, word_times, vad_filter):
-                segments[done.chunk.start] = segment
+            first = list(islice(heard, num_workers(self.model.device, batch_size)))
+            number = max(1, len(first))
+            shared = batches(chain(first, heard), batch_size // number)
+            for done in self._segments(shared, options, number, batch_size, word_times, vad_filter):
+                segments[done.chunk.start] = done.segment
                 while waiting and waiting[0].start in segments:
                     if following := segments.pop(waiting.popleft().start):
                         yield following
@@ -366,15 +385,21 @@ class Transcriber:
         self,
         batches: Iterable[Sequence[Chunk]],
         options: DecodingOptions,
+        number: int,
         batch_size: int,
         word_times: bool,
         vad_filter: bool,
-    ) -> Iterator[tuple[DecodedChunk, Segment | None]]:
-        """Encode and decode batches of chunks: each as it is done, with its segment if it has one."""
-        encoded = (self.encode(chunks) for chunks in batches)
-        for done in self.decode_each(encoded, options, num_left=batch_size // 2):
-            is_kept = not vad_filter or self.hears_speech(done)
-            yield done, self.segment(done, word_times=word_times) if is_kept else None
+    ) -> Iterator[_Done]:
+        """Encode and decode batches of chunks, by so many threads that share `batch_size` rows: each as it is done."""
+
+        def work(batches: Iterator[Sequence[Chunk]]) -> Iterator[_Done]:
+            encoded = (self.encode(chunks) for chunks in batches)
+            for done in self.decode_each(encoded, options, num_left=batch_size // number // 2):
+                is_kept = not vad_filter or self.hears_speech(done)
+                segment = self.segment(done, word_times=word_times) if is_kept else None
+                yield _Done(done.chunk, segment, done.encoder_seconds / number, done.seconds / number)
+
+        return share_out(work, batches, number)
 
     def hears_speech(self, done: DecodedChunk) -> bool:
         """Whether the CTC head hears a token in a chunk; said of every chunk that is too short to tell."""

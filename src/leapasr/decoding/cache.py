@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 LEAST_ROOM = 64  # slots that a cache grows by
+STEADY_SLOTS = 16  # slots in sight are a multiple: sums over them are then cut alike in calls of any width
 
 
 @dataclass(slots=True)
@@ -28,7 +29,7 @@ class _Write:
     Attributes:
         positions_BW: slot of each input.
         start: the first slot, if it is the same for all rows, else None.
-        end: slots in sight, past the furthest slot written.
+        end: slots in sight, at least up to the furthest slot written.
     """
 
     positions_BW: Tensor = field(default_factory=lambda: torch.empty(0, 0))
@@ -65,8 +66,9 @@ class RaggedLayer(CacheLayerMixin):
         if end > self.keys.shape[2]:
             self.reserve(end + max(end // 8, LEAST_ROOM))
         if start is not None:
-            self.keys[:, :, start:end] = key_states
-            self.values[:, :, start:end] = value_states
+            stop = start + key_states.shape[2]
+            self.keys[:, :, start:stop] = key_states
+            self.values[:, :, start:stop] = value_states
         else:
             rows_B1 = torch.arange(len(positions_BW), device=positions_BW.device)[:, None]
             self.keys[rows_B1, :, positions_BW] = key_states.transpose(1, 2)
@@ -120,7 +122,7 @@ class RaggedCache(Cache):
         shortest, longest = min(self.lengths), max(self.lengths)
         self._write.positions_BW = positions_BW
         self._write.start = longest if shortest == longest else None
-        self._write.end = longest + width
+        self._write.end = -(-(longest + width) // STEADY_SLOTS) * STEADY_SLOTS
         hidden_BWS = torch.arange(self._write.end, device=self.device) > positions_BW[..., None]
         mask_BWS = torch.zeros(hidden_BWS.shape, dtype=dtype, device=self.device)
         return positions_BW, mask_BWS.masked_fill_(hidden_BWS, torch.finfo(dtype).min)[:, None]

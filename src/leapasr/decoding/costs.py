@@ -14,12 +14,13 @@ import os
 import platform
 import time
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
 from operator import mul
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 
@@ -35,6 +36,9 @@ CARRIED = 0.5  # of a drafted token's worth is left behind a mistake: the call t
 MAX_TOKENS = 256  # in a call that is timed: wider ones cost what a straight line says
 REPETITIONS = 5  # of which the quickest counts: others may have been disturbed
 PATIENCE = 0.3  # seconds after which a call is not repeated
+STEADY_ROWS, STEADY_WIDTHS = (1, 3), (40, 1, 5, 14)  # of calls that have to give what calls for one input give
+
+Found = TypeVar("Found", Ways, "CallCosts")
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,11 @@ class CallCosts:
     num_rows: tuple[int, ...]
     widths: tuple[int, ...]
     seconds: tuple[tuple[float, ...], ...]
+
+    @classmethod
+    def of(cls, fields: dict[str, Any]) -> CallCosts:
+        """From what `vars` gives, by way of JSON."""
+        return cls(tuple(fields["num_rows"]), tuple(fields["widths"]), tuple(map(tuple, fields["seconds"])))
 
     def __call__(self, num_rows: int, width: int) -> float:
         """Seconds of a call: straight lines between what was measured, the last of them on beyond it."""
@@ -127,7 +136,10 @@ def _seconds(decoder: Decoder, cache: RaggedCache, width: int) -> float:
 
 @torch.inference_mode()
 def fastest_ways(decoder: Decoder) -> Ways:
-    """The ways in which calls of one row are fastest: the packing first. `decoder` is left in some of them."""
+    """The ways in which calls of one row are fastest: the packing first. `decoder` is left in some of them.
+
+    Rounded products only where the decoder may round, and where calls are `steady` then.
+    """
     cache = decoder.new_cache(Prompts(torch.empty(1, 0, 0), torch.zeros(1, dtype=torch.long)))
 
     @lru_cache  # the packing that is found is one of the ways that are compared then
@@ -136,47 +148,79 @@ def fastest_ways(decoder: Decoder) -> Ways:
         return sum(_quickest(decoder, cache, width) for width in WIDTHS[:-1])
 
     packing = min((None, *PACKINGS), key=lambda packing: seconds(Ways(packing)))
-    return min((Ways(packing), Ways(packing, rough=True)), key=seconds)
+    ways = min((Ways(packing), Ways(packing, rough=True)), key=seconds)
+    rounded = Ways(packing, rough=True, rounded=True)
+    return rounded if decoder.may_round and seconds(rounded) < seconds(ways) and steady(decoder) else ways
 
 
-def tune(decoder: Decoder, description: str) -> CallCosts:
-    """Let `decoder` work in the ways that are fastest here, and tell what its calls then cost.
+@torch.inference_mode()
+def steady(decoder: Decoder) -> bool:
+    """Whether an input gets, bit for bit, the same of calls with many inputs and with one; tried on random ones."""
+    generator = torch.Generator().manual_seed(0)
+    num_rows = max(STEADY_ROWS)
+    tokens_BW = torch.randint(decoder.vocab_size, (num_rows, sum(STEADY_WIDTHS)), generator=generator)
+    tokens_BW = tokens_BW.to(decoder.device)
+
+    def read(rows: int, widths: Sequence[int]) -> torch.Tensor:
+        cache = decoder.new_cache(Prompts(torch.empty(rows, 0, 0), torch.zeros(rows, dtype=torch.long)))
+        parts = []
+        for part_BW in tokens_BW[:rows].split(list(widths), 1):
+            positions_BW, mask_B1WS = cache.plan(part_BW.shape[1], decoder.dtype)
+            embeddings_BWD = decoder.embed(part_BW, positions_BW)
+            parts.append(decoder.call(embeddings_BWD, positions_BW, mask_B1WS, cache))
+            cache.commit([part_BW.shape[1]] * rows)
+        return torch.cat(parts, 1)
+
+    wide = {rows: read(rows, STEADY_WIDTHS) for rows in STEADY_ROWS}
+    one_by_one = read(1, [1] * sum(STEADY_WIDTHS))
+    return all(torch.equal(each[:1], one_by_one) for each in wide.values())
+
+
+def find_ways(decoder: Decoder, description: str) -> Ways:
+    """Let `decoder` work in the ways that are fastest here, which are found once for each machine and model.
+
+    Args:
+        description: tells the model's shape from others.
+    """
+    facts = (*_facts(decoder, description), decoder.may_round)
+    ways = _remembered("ways", facts, lambda: fastest_ways(decoder), lambda fields: Ways(**fields))
+    decoder.prepare(ways)
+    return ways
+
+
+def find_costs(decoder: Decoder, description: str, ways: Ways) -> CallCosts:
+    """What calls of `decoder`, which works in these `ways`, cost on the cores that this thread has.
 
     From the file of an earlier measurement on this machine, else measured now.
 
     Args:
         description: tells the model's shape from others.
     """
+    facts = (*_facts(decoder, description), NUM_ROWS, WIDTHS, LEADING, ways, torch.get_num_threads())
+    return _remembered("calls", facts, lambda: measure_costs(decoder), CallCosts.of)
+
+
+def _facts(decoder: Decoder, description: str) -> tuple:
+    """What every measurement depends on."""
     device = decoder.device
     processor = f"{platform.processor()} {torch.backends.cpu.get_cpu_capability()} {os.cpu_count()}"
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else processor
-    facts = (
-        NUM_ROWS,
-        WIDTHS,
-        LEADING,
-        description,
-        str(decoder.dtype),
-        str(device),
-        where,
-        torch.get_num_threads(),
-        torch.__version__,
-    )
+    return description, str(decoder.dtype), str(device), where, torch.__version__
+
+
+def _remembered(name: str, facts: tuple, measure: Callable[[], Found], build: Callable[[dict], Found]) -> Found:
+    """What was measured where all these `facts` held, in the file that it is kept in; else measured, and kept."""
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "leapasr"
-    path = folder / f"calls-{hashlib.sha256(repr(facts).encode()).hexdigest()[:16]}.json"
+    path = folder / f"{name}-{hashlib.sha256(repr(facts).encode()).hexdigest()[:16]}.json"
     try:
-        fields = json.loads(path.read_text())
-        costs = CallCosts(tuple(fields["num_rows"]), tuple(fields["widths"]), tuple(map(tuple, fields["seconds"])))
-        decoder.prepare(Ways(**fields["ways"]))
-        return costs
+        return build(json.loads(path.read_text()))
     except (OSError, ValueError, KeyError, TypeError):
-        ways = fastest_ways(decoder)
-    decoder.prepare(ways)
-    costs = measure_costs(decoder)
+        found = measure()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         pending = path.with_suffix(f".{os.getpid()}")
-        pending.write_text(json.dumps({**vars(costs), "ways": vars(ways)}))
+        pending.write_text(json.dumps(vars(found)))
         os.replace(pending, path)
     except OSError:  # nowhere to keep it: it is measured again next time
         pass
-    return costs
+    return found

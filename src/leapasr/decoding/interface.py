@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from leapasr.decoding.cache import RaggedCache
 from leapasr.decoding.lean import LeanLayers
-from leapasr.decoding.packing import Packing, Product, packer
+from leapasr.decoding.packing import Packer, Packing, Product, can_round
 from leapasr.decoding.unembedding import RoughUnembedding
 from leapasr.model.draft_layers import DraftLayers, read_hidden
 from leapasr.model.mtp_heads import MTPHeads
@@ -73,10 +73,13 @@ class Ways:
     Attributes:
         packing: how weights are packed for products of few rows (`packing`); None: not at all.
         rough: logits that need not be exact are rough (`unembedding`).
+        rounded: products are of numbers that are rounded to bfloat16 (`packing.rounded`), which is another computation
+            than without; only where a decoder `may_round`.
     """
 
     packing: Packing | None = None
     rough: bool = False
+    rounded: bool = False
 
 
 class Decoder(Protocol):
@@ -91,6 +94,7 @@ class Decoder(Protocol):
         draft_tokens: ids int64 (C,) that heads 2..K choose from, in the order of their logits; None: all.
         device: where its inputs go.
         dtype: its floating-point type, in which masks are given.
+        may_round: whether `prepare` may be asked for rounded products.
     """
 
     num_heads: int
@@ -101,6 +105,7 @@ class Decoder(Protocol):
     draft_tokens: Tensor | None
     device: torch.device
     dtype: torch.dtype
+    may_round: bool
 
     def new_cache(self, prompts: Prompts) -> RaggedCache:
         """A cache for the rows of `prompts` that holds their memory, and nothing else."""
@@ -128,7 +133,10 @@ class Decoder(Protocol):
         """
 
     def prepare(self, ways: Ways) -> None:
-        """Work in these ways from now on, as far as the decoder knows them; what is emitted is the same."""
+        """Work in these ways from now on, as far as the decoder knows them; what is emitted stays, unless rounded.
+
+        Copies of weights that earlier ways took are let go first.
+        """
 
     def logits(self, hidden: Tensor, *, exact: bool = True) -> Tensor:
         """Head 1's logits (..., V) from what `call` gave (..., H); not exact, only the likeliest token has to be."""
@@ -154,6 +162,8 @@ class CausalLMDecoder:
         mtp_heads: heads 2..K, None for K = 1. draft_layers: what they alone read through.
         body: the LM without its unembedding; None: its `base_model`. Where a larger model is around it, that one's
             generation configuration says what ends a text.
+        may_round: its products may be of numbers that are rounded to bfloat16, where the LM is in float32 on a CPU that
+            can do that, and of an architecture that `LeanLayers` fit.
 
     Raises:
         ValueError: the LM has no end-of-text token.
@@ -168,6 +178,7 @@ class CausalLMDecoder:
         draft_layers: DraftLayers | None = None,
         *,
         body: nn.Module | None = None,
+        may_round: bool = False,
     ):
         config = causal_lm.config.get_text_config()
         end = (config if body is None else causal_lm.generation_config).eos_token_id  # type: ignore[union-attr]
@@ -177,11 +188,7 @@ class CausalLMDecoder:
         self.lm_head: nn.Linear = causal_lm.get_output_embeddings()
         self.embed_tokens: nn.Embedding = causal_lm.get_input_embeddings()  # type: ignore[assignment]
         self.mtp_heads, self.draft_layers = mtp_heads, draft_layers
-        self._rough: RoughUnembedding | None = None
-        self._unembed: Product = self.lm_head
-        self._lean: LeanLayers | None = None
-        if LeanLayers.fit(self.body, draft_layers):
-            self._lean = LeanLayers(self.body, draft_layers)
+        self._is_lean = LeanLayers.fit(self.body, draft_layers)
         self.num_heads = 1 if mtp_heads is None else mtp_heads.num_heads
         self.max_positions: int = config.max_position_embeddings
         self.max_text = self.max_positions
@@ -189,6 +196,8 @@ class CausalLMDecoder:
         self.end_tokens = frozenset([end] if isinstance(end, int) else end)
         self.device = causal_lm.device
         self.dtype = causal_lm.dtype
+        self.may_round = may_round and self._is_lean and can_round(causal_lm)
+        self.prepare(Ways())
 
     def new_cache(self, prompts: Prompts) -> RaggedCache:
         return RaggedCache(len(prompts.lengths_B), device=self.device)
@@ -218,11 +227,16 @@ class CausalLMDecoder:
         )
 
     def prepare(self, ways: Ways) -> None:
-        how = packer(ways.packing)
-        self._unembed = how(self.lm_head)
-        self._rough = RoughUnembedding(self.lm_head, how) if ways.rough and self.dtype.itemsize >= 4 else None
-        if self._lean is not None:
-            self._lean = LeanLayers(self.body, self.draft_layers, how)
+        assert self.may_round or not ways.rounded
+        self._rough: RoughUnembedding | None = None
+        self._lean: LeanLayers | None = None
+        self._unembed: Product = self.lm_head
+        packer = Packer(ways.packing)  # of the unembedding, which is not rounded: the likeliest token is to be exact
+        if ways.rough and self.dtype.itemsize >= 4:
+            self._rough = RoughUnembedding(self.lm_head, packer)
+        self._unembed = packer.product(self.lm_head)
+        if self._is_lean:
+            self._lean = LeanLayers(self.body, self.draft_layers, Packer(ways.packing, ways.rounded))
 
     def logits(self, hidden: Tensor, *, exact: bool = True) -> Tensor:
         own = hidden[..., : self.lm_head.in_features]
@@ -241,10 +255,11 @@ class CausalLMDecoder:
 
 
 class SpeechLlamaDecoder(CausalLMDecoder):
-    """The decoding side of a Speech-LLaMA."""
+    """The decoding side of a Speech-LLaMA; if the speech side is in bfloat16, products may be rounded to that."""
 
     def __init__(self, model: SpeechLlamaForConditionalGeneration):
-        super().__init__(model.decoder, model.mtp_heads, model.draft_layers)
+        may_round = model.speech_dtype == torch.bfloat16
+        super().__init__(model.decoder, model.mtp_heads, model.draft_layers, may_round=may_round)
         self._embed_text, self._remember = model.embed_text, model.remember
         if model.config.text_positions:
             self.max_text = model.config.text_positions - 1

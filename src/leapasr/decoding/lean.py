@@ -10,7 +10,6 @@ Shapes: B rows, W inputs, S slots of the cache, D width.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,8 +17,10 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaModel, LlamaRMSNorm
 
-from leapasr.decoding.packing import Product, as_it_is
+from leapasr.decoding.packing import AS_THEY_ARE, Packer, Product, Products
 from leapasr.model.draft_layers import DraftLayers, NoFeedForward
+
+STEADY_INPUTS = 4  # fewer queries go through other kernels of attention than more
 
 
 class LeanLayers:
@@ -28,16 +29,18 @@ class LeanLayers:
     Args:
         body: a `LlamaModel` in evaluation mode, such that it `fit`s.
         draft_layers: of that body; None where there are none.
-        pack: gives each matrix product the form in which it is done; by default the module itself.
+        packer: gives matrix products the form in which they are done. Where they are rounded, an input gets, bit for
+            bit, the same numbers however many inputs a call has, whose slots are then a multiple of `STEADY_SLOTS`.
     """
 
-    def __init__(self, body: Any, draft_layers: DraftLayers | None, pack: Callable[[nn.Linear], Product] = as_it_is):
+    def __init__(self, body: Any, draft_layers: DraftLayers | None, packer: Packer = AS_THEY_ARE):
+        self._steady = packer.rounded
         self._rotary: nn.Module = body.rotary_emb
-        self._layers, self._norm = [_Layer(layer, pack) for layer in body.layers], body.norm
+        self._layers, self._norm = [_Layer(layer, packer) for layer in body.layers], body.norm
         self._draft_layers: list[_Layer] = []
         if draft_layers is not None:
             self._branching, self._draft_norm = draft_layers.branching, draft_layers.body.norm
-            self._draft_layers = [_Layer(layer, pack) for layer in draft_layers.body.layers]
+            self._draft_layers = [_Layer(layer, packer) for layer in draft_layers.body.layers]
 
     @staticmethod
     def fit(body: nn.Module, draft_layers: DraftLayers | None) -> bool:
@@ -50,7 +53,9 @@ class LeanLayers:
     ) -> Tensor:
         """Last hidden states (B, W, D) or, with draft layers, (B, W, 2D)."""
         cos_BWC, sin_BWC = self._rotary(embeddings_BWD, positions_BW)
-        rest = cos_BWC[:, None], sin_BWC[:, None], mask_B1WS, cache
+        if self._steady:  # what an input gets of attention does not depend on how many there are, if they are not few
+            mask_B1WS = nn.functional.pad(mask_B1WS, (0, 0, 0, -mask_B1WS.shape[2] % STEADY_INPUTS))
+        rest = cos_BWC[:, None], _turned(sin_BWC)[:, None], mask_B1WS, cache
         hidden = branch = embeddings_BWD
         for place, layer in enumerate(self._layers):
             hidden = layer(hidden, *rest)
@@ -65,32 +70,37 @@ class LeanLayers:
 
 
 class _Layer:
-    def __init__(self, layer: Any, pack: Callable[[nn.Linear], Product]):
+    def __init__(self, layer: Any, packer: Packer):
         attention: Any = layer.self_attn
         self.index: int = attention.layer_idx
         self.head_width: int = attention.head_dim
         self.grouped: bool = attention.num_key_value_groups > 1
         self.attention_norm, self.norm = layer.input_layernorm, layer.post_attention_layernorm
-        self.q, self.k, self.v, self.o = map(pack, _attention_parts(attention))
-        self.gate: Product | None = None
+        q, k, v, o = _attention_parts(attention)
+        self.qkv, self.o = packer.products(q, k, v), packer.product(o)
+        self.gate_up: Products | None = None
         if not isinstance(layer.mlp, NoFeedForward):
-            self.gate, self.up, self.down = map(pack, _feed_forward_parts(layer.mlp))
+            gate, up, down = _feed_forward_parts(layer.mlp)
+            self.gate_up, self.down = packer.products(gate, up), packer.product(down)
             self.activation: Product = layer.mlp.act_fn
 
     def __call__(self, hidden_BWD: Tensor, cos: Tensor, sin: Tensor, mask_B1WS: Tensor, cache: Cache | None) -> Tensor:
         B, W, _ = hidden_BWD.shape
-        normed = _normed(hidden_BWD, self.attention_norm)
-        heads = (B, W, -1, self.head_width)
-        q, k, v = (part(normed).view(heads).transpose(1, 2) for part in (self.q, self.k, self.v))
+        q, k, v = (
+            part.view(B, W, -1, self.head_width).transpose(1, 2)
+            for part in self.qkv(_normed(hidden_BWD, self.attention_norm))
+        )
         q, k = _rotated(q, cos, sin), _rotated(k, cos, sin)
         if cache is not None:
             k, v = cache.update(k, v, self.index)
+        if mask_B1WS.shape[2] > W:
+            q = nn.functional.pad(q, (0, 0, 0, mask_B1WS.shape[2] - W))
         attended = nn.functional.scaled_dot_product_attention(q, k, v, mask_B1WS, enable_gqa=self.grouped)
-        hidden_BWD = hidden_BWD + self.o(attended.transpose(1, 2).reshape(B, W, -1))
-        if self.gate is None:
+        hidden_BWD = hidden_BWD + self.o(attended[:, :, :W].transpose(1, 2).reshape(B, W, -1))
+        if self.gate_up is None:
             return hidden_BWD
-        normed = _normed(hidden_BWD, self.norm)
-        return hidden_BWD + self.down(self.activation(self.gate(normed)) * self.up(normed))
+        gate, up = self.gate_up(_normed(hidden_BWD, self.norm))
+        return hidden_BWD + self.down(self.activation(gate.contiguous()) * up)
 
 
 def _attention_parts(attention: Any) -> tuple[nn.Linear, ...]:
@@ -114,6 +124,12 @@ def _normed(x: Tensor, norm: Any) -> Tensor:
     return nn.functional.rms_norm(x, x.shape[-1:], norm.weight, norm.variance_epsilon)
 
 
+def _turned(sin: Tensor) -> Tensor:
+    """`sin`, the first half negative: the factors of a vector whose halves have changed places."""
+    first, second = sin.chunk(2, -1)
+    return torch.cat([-first, second], -1)
+
+
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     first, second = x.chunk(2, -1)
-    return torch.addcmul(x * cos, torch.cat([-second, first], -1), sin)
+    return torch.addcmul(x * cos, torch.cat([second, first], -1), sin)

@@ -9,12 +9,10 @@ Shapes: ... any places, D width, V vocabulary, C candidates, N places that are c
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
-from leapasr.decoding.packing import Product, as_it_is
+from leapasr.decoding.packing import AS_THEY_ARE, Packer
 from leapasr.model.argmax import top
 
 NUM_CANDIDATES = 8
@@ -27,16 +25,16 @@ class RoughUnembedding:
 
     Args:
         unembedding: in at least float32, frozen.
-        pack: the form in which products are done.
+        packer: gives products the form in which they are done.
     """
 
-    def __init__(self, unembedding: nn.Linear, pack: Callable[[nn.Linear], Product] = as_it_is):
+    def __init__(self, unembedding: nn.Linear, packer: Packer = AS_THEY_ARE):
         self.exact = unembedding
         weight_VD = unembedding.weight.detach()
         with torch.device("meta"):
             plain = nn.Linear(unembedding.in_features, unembedding.out_features, bias=False)
         plain.weight = nn.Parameter(weight_VD.bfloat16(), requires_grad=False)
-        self._multiply = pack(plain)
+        self._multiply = packer.product(plain)
         self._longest = float(weight_VD.norm(dim=-1).max())
 
     def rough(self, hidden: Tensor) -> Tensor:

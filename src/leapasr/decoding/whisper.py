@@ -9,7 +9,7 @@ Shapes: B rows, L prompt positions, M frames, W inputs, S slots of the cache, H 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from transformers import WhisperForConditionalGeneration
 
 from leapasr.decoding.cache import RaggedCache
 from leapasr.decoding.interface import Prompts, Ways
-from leapasr.decoding.packing import Product, packer
+from leapasr.decoding.packing import Packer, Product
 from leapasr.decoding.unembedding import RoughUnembedding
 from leapasr.model.mtp_heads import MTPHeads
 
@@ -37,6 +37,8 @@ class WhisperTextDecoder:
         suppressed: ids that are never written (transformers' ``suppress_tokens``).
         draft_tokens: ids that heads 2..K choose from (C,); None: all.
     """
+
+    may_round = False
 
     def __init__(
         self,
@@ -61,19 +63,22 @@ class WhisperTextDecoder:
         self._num_frames: int = config.max_source_positions
         self._positions_VD: Tensor = body.embed_positions.weight
         self._suppressed = torch.tensor(sorted(suppressed), dtype=torch.long, device=self.device)
-        self._rough: RoughUnembedding | None = None
         self.draft_tokens = None if draft_tokens is None else draft_tokens.to(self.device, torch.long)
         self.prepare(Ways())
 
     def prepare(self, ways: Ways) -> None:
-        how = packer(ways.packing)
-        self._layers = [_Layer(layer, how) for layer in self.body.layers]
-        self._product = _packed(self.lm_head, how)
-        self._rough = None
+        assert not ways.rounded
+        self._layers: list[_Layer] = []
+        self._product: Product = self.lm_head
+        self._rough: RoughUnembedding | None = None
+        self._draft_product: Product | None = None
+        packer = Packer(ways.packing)
+        self._layers = [_Layer(layer, packer) for layer in self.body.layers]
+        self._product = _packed(self.lm_head, packer)
         if ways.rough and self.dtype.itemsize >= 4:
-            self._rough = RoughUnembedding(self._without_suppressed(), how)
+            self._rough = RoughUnembedding(self._without_suppressed(), packer)
         if self.mtp_heads is not None and self.draft_tokens is not None:
-            self._draft_product = how(_rows_of(self.lm_head, self.draft_tokens))
+            self._draft_product = packer.product(_rows_of(self.lm_head, self.draft_tokens))
             self._draft_suppressed = torch.isin(self.draft_tokens, self._suppressed).nonzero()[:, 0]
 
     def _without_suppressed(self) -> nn.Linear:
@@ -134,13 +139,14 @@ class WhisperTextDecoder:
 
     def _unembed_draft(self, hidden: Tensor) -> Tensor:
         """Logits (..., C) of states (..., D) of heads 2..K."""
+        assert self._draft_product is not None
         return self._draft_product(hidden).index_fill_(-1, self._draft_suppressed, -torch.inf)
 
 
 class _Layer:
     """transformers' `WhisperDecoderLayer`, in few operations."""
 
-    def __init__(self, layer: Any, how: Callable[[nn.Linear], Product]):
+    def __init__(self, layer: Any, packer: Packer):
         own, cross = layer.self_attn, layer.encoder_attn
         self.index: int = own.layer_idx
         self.head_width: int = own.head_dim
@@ -148,11 +154,11 @@ class _Layer:
         self.own_norm, self.cross_norm = layer.self_attn_layer_norm, layer.encoder_attn_layer_norm
         self.norm, self.activation = layer.final_layer_norm, layer.activation_fn
         self.q, self.k, self.v, self.o = (
-            _packed(part, how) for part in (own.q_proj, own.k_proj, own.v_proj, own.out_proj)
+            _packed(part, packer) for part in (own.q_proj, own.k_proj, own.v_proj, own.out_proj)
         )
-        self.cross_q, self.cross_o = _packed(cross.q_proj, how), _packed(cross.out_proj, how)
+        self.cross_q, self.cross_o = _packed(cross.q_proj, packer), _packed(cross.out_proj, packer)
         self.cross_k, self.cross_v = cross.k_proj, cross.v_proj  # for products of many rows
-        self.up, self.down = _packed(layer.fc1, how), _packed(layer.fc2, how)
+        self.up, self.down = _packed(layer.fc1, packer), _packed(layer.fc2, packer)
 
     def _heads(self, x_BWD: Tensor) -> Tensor:
         return x_BWD.view(*x_BWD.shape[:2], -1, self.head_width).transpose(1, 2).contiguous()
@@ -188,6 +194,6 @@ def _joined(attended_BHWD: Tensor) -> Tensor:
     return attended_BHWD.transpose(1, 2).flatten(2)
 
 
-def _packed(part: nn.Module, how: Callable[[nn.Linear], Product]) -> Product:
-    """`part` as `how` packs it; itself, if something is wrapped around it."""
-    return how(part) if type(part) is nn.Linear else part
+def _packed(part: nn.Module, packer: Packer) -> Product:
+    """`part` as `packer` packs it; itself, if something is wrapped around it."""
+    return packer.product(part) if type(part) is nn.Linear else part
