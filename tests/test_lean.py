@@ -174,6 +174,11 @@ def test_ways_can_be_taken_back(build_tiny_model):
 def test_argmax_is_the_first_of_the_likeliest(dtype):
     logits = torch.randn(3, 30, 500, generator=torch.Generator().manual_seed(0)).to(dtype)
     logits[1, 2, [70, 30, 400]] = 9.0
+    logits[1, 3] = -logits[1, 3].abs() - 1
+    logits[1, 4] = -logits[1, 4].abs() - 1
+    logits[1, 4, 20], logits[1, 4, 90] = -0.0, 0.0
+    logits[1, 5, 60] = torch.inf
+    logits[1, 6, 80] = torch.nan
     assert argmax(logits)[1, 2] == 30
     assert torch.equal(argmax(logits), logits.argmax(-1))
     assert torch.equal(argmax(logits.transpose(0, 1)), logits.transpose(0, 1).argmax(-1))

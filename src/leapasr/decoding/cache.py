@@ -43,12 +43,13 @@ class RaggedLayer(CacheLayerMixin):
     keys: Tensor  # type: ignore[assignment]  # None only before the first call
     values: Tensor  # type: ignore[assignment]
 
-    def __init__(self, write: _Write):
+    def __init__(self, write: _Write, dtype: torch.dtype | None):
         super().__init__()
-        self.write = write
+        self.write, self.dtype = write, dtype
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
+        dtype = self.dtype or key_states.dtype
+        self.keys, self.values = key_states[:, :, :0].to(dtype), value_states[:, :, :0].to(dtype)
         self.is_initialized = True
 
     def reserve(self, num_slots: int) -> None:
@@ -71,8 +72,8 @@ class RaggedLayer(CacheLayerMixin):
             self.values[:, :, start:stop] = value_states
         else:
             rows_B1 = torch.arange(len(positions_BW), device=positions_BW.device)[:, None]
-            self.keys[rows_B1, :, positions_BW] = key_states.transpose(1, 2)
-            self.values[rows_B1, :, positions_BW] = value_states.transpose(1, 2)
+            self.keys[rows_B1, :, positions_BW] = key_states.transpose(1, 2).to(self.keys.dtype)
+            self.values[rows_B1, :, positions_BW] = value_states.transpose(1, 2).to(self.values.dtype)
         return self.keys[:, :, :end], self.values[:, :, :end]
 
     def get_seq_length(self) -> int:
@@ -95,6 +96,7 @@ class RaggedCache(Cache):
         device: where positions and masks go.
         memory: what the decoder keeps for each row beside its slots, and writes once; nothing is copied of it when
             rows leave, join or are reordered.
+        dtype: of keys and values; None: that in which they come.
 
     Attributes:
         lengths: committed slots of each row.
@@ -102,13 +104,20 @@ class RaggedCache(Cache):
 
     layers: list[RaggedLayer]  # type: ignore[assignment]
 
-    def __init__(self, num_rows: int, *, device: torch.device | str = "cpu", memory: Sequence[Any] | None = None):
+    def __init__(
+        self,
+        num_rows: int,
+        *,
+        device: torch.device | str = "cpu",
+        memory: Sequence[Any] | None = None,
+        dtype: torch.dtype | None = None,
+    ):
         self.lengths = [0] * num_rows
         self.memory: list[Any] = [None] * num_rows if memory is None else list(memory)
         assert len(self.memory) == num_rows, f"{len(self.memory)} memories for {num_rows} rows"
         self.device = device
         self._write = _Write()
-        super().__init__(layer_class_to_replicate=partial(RaggedLayer, self._write))  # type: ignore[arg-type]
+        super().__init__(layer_class_to_replicate=partial(RaggedLayer, self._write, dtype))  # type: ignore[arg-type]
 
     def plan(self, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Open a call of `width` inputs per row, each row at its own length.

@@ -36,7 +36,7 @@ CARRIED = 0.5  # of a drafted token's worth is left behind a mistake: the call t
 MAX_TOKENS = 256  # in a call that is timed: wider ones cost what a straight line says
 REPETITIONS = 5  # of which the quickest counts: others may have been disturbed
 PATIENCE = 0.3  # seconds after which a call is not repeated
-STEADY_ROWS, STEADY_WIDTHS = (1, 3), (40, 1, 5, 14)  # of calls that have to give what calls for one input give
+STEADY_ROWS, STEADY_WIDTHS = (1, 3), (100, 1, 5, 14)  # of calls that have to give what calls for one input give
 
 Found = TypeVar("Found", Ways, "CallCosts")
 

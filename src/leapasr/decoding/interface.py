@@ -73,8 +73,8 @@ class Ways:
     Attributes:
         packing: how weights are packed for products of few rows (`packing`); None: not at all.
         rough: logits that need not be exact are rough (`unembedding`).
-        rounded: products are of numbers that are rounded to bfloat16 (`packing.rounded`), which is another computation
-            than without; only where a decoder `may_round`.
+        rounded: products are of numbers that are rounded to bfloat16 (`packing.rounded`), and so is attention, which is
+            another computation than without; only where a decoder `may_round`.
     """
 
     packing: Packing | None = None
@@ -200,7 +200,7 @@ class CausalLMDecoder:
         self.prepare(Ways())
 
     def new_cache(self, prompts: Prompts) -> RaggedCache:
-        return RaggedCache(len(prompts.lengths_B), device=self.device)
+        return RaggedCache(len(prompts.lengths_B), device=self.device, dtype=self._cache_dtype)
 
     def embed(self, tokens_BW: Tensor, places_BW: Tensor) -> Tensor:
         return self.embed_tokens(tokens_BW)
@@ -228,6 +228,7 @@ class CausalLMDecoder:
 
     def prepare(self, ways: Ways) -> None:
         assert self.may_round or not ways.rounded
+        self._cache_dtype = torch.bfloat16 if ways.rounded else self.dtype
         self._rough: RoughUnembedding | None = None
         self._lean: LeanLayers | None = None
         self._unembed: Product = self.lm_head
@@ -271,6 +272,6 @@ class SpeechLlamaDecoder(CausalLMDecoder):
         cache = super().new_cache(prompts)
         if prompts.memory_BMD is not None and prompts.memory_lengths_B is not None:
             cache.plan(prompts.memory_BMD.shape[1], self.dtype)
-            self._remember(prompts.memory_BMD, cache, prompts.memory_lengths_B)
+            self._remember(prompts.memory_BMD, cache, prompts.memory_lengths_B, dtype=self._cache_dtype)
             cache.commit(prompts.memory_lengths_B.tolist())
         return cache

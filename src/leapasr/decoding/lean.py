@@ -20,7 +20,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMod
 from leapasr.decoding.packing import AS_THEY_ARE, Packer, Product, Products
 from leapasr.model.draft_layers import DraftLayers, NoFeedForward
 
-STEADY_INPUTS = 4  # fewer queries go through other kernels of attention than more
+LEAST_INPUTS, MOST_INPUTS = 4, 32  # of an attention that is to be steady
 
 
 class LeanLayers:
@@ -53,8 +53,8 @@ class LeanLayers:
     ) -> Tensor:
         """Last hidden states (B, W, D) or, with draft layers, (B, W, 2D)."""
         cos_BWC, sin_BWC = self._rotary(embeddings_BWD, positions_BW)
-        if self._steady:  # what an input gets of attention does not depend on how many there are, if they are not few
-            mask_B1WS = nn.functional.pad(mask_B1WS, (0, 0, 0, -mask_B1WS.shape[2] % STEADY_INPUTS))
+        if self._steady:
+            mask_B1WS = mask_B1WS.clamp(min=torch.finfo(torch.bfloat16).min).bfloat16()
         rest = cos_BWC[:, None], _turned(sin_BWC)[:, None], mask_B1WS, cache
         hidden = branch = embeddings_BWD
         for place, layer in enumerate(self._layers):
@@ -83,6 +83,7 @@ class _Layer:
             gate, up, down = _feed_forward_parts(layer.mlp)
             self.gate_up, self.down = packer.products(gate, up), packer.product(down)
             self.activation: Product = layer.mlp.act_fn
+        self.attend = _steady_attention if packer.rounded else nn.functional.scaled_dot_product_attention
 
     def __call__(self, hidden_BWD: Tensor, cos: Tensor, sin: Tensor, mask_B1WS: Tensor, cache: Cache | None) -> Tensor:
         B, W, _ = hidden_BWD.shape
@@ -93,14 +94,30 @@ class _Layer:
         q, k = _rotated(q, cos, sin), _rotated(k, cos, sin)
         if cache is not None:
             k, v = cache.update(k, v, self.index)
-        if mask_B1WS.shape[2] > W:
-            q = nn.functional.pad(q, (0, 0, 0, mask_B1WS.shape[2] - W))
-        attended = nn.functional.scaled_dot_product_attention(q, k, v, mask_B1WS, enable_gqa=self.grouped)
-        hidden_BWD = hidden_BWD + self.o(attended[:, :, :W].transpose(1, 2).reshape(B, W, -1))
+        attended = self.attend(q, k, v, mask_B1WS, enable_gqa=self.grouped)
+        hidden_BWD = hidden_BWD + self.o(attended.transpose(1, 2).reshape(B, W, -1))
         if self.gate_up is None:
             return hidden_BWD
         gate, up = self.gate_up(_normed(hidden_BWD, self.norm))
         return hidden_BWD + self.down(self.activation(gate.contiguous()) * up)
+
+
+def _steady_attention(q: Tensor, k: Tensor, v: Tensor, mask_B1WS: Tensor, *, enable_gqa: bool) -> Tensor:
+    """Attention in bfloat16, in which what an input gets does not depend on how many there are.
+
+    PyTorch's kernels for one query, and for more than a few dozen, sum in other orders than those between.
+    """
+    attended = []
+    for some_q, some_mask in zip(q.bfloat16().split(MOST_INPUTS, 2), mask_B1WS.split(MOST_INPUTS, 2), strict=True):
+        num = some_q.shape[2]
+        if num < LEAST_INPUTS:
+            some_q = nn.functional.pad(some_q, (0, 0, 0, LEAST_INPUTS - num))
+            some_mask = nn.functional.pad(some_mask, (0, 0, 0, LEAST_INPUTS - num))
+        part = nn.functional.scaled_dot_product_attention(
+            some_q, k.bfloat16(), v.bfloat16(), some_mask, enable_gqa=enable_gqa
+        )
+        attended.append(part[:, :, :num])
+    return attended[0] if len(attended) == 1 else torch.cat(attended, 2)
 
 
 def _attention_parts(attention: Any) -> tuple[nn.Linear, ...]:

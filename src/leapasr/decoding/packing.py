@@ -80,9 +80,9 @@ def can_round(model: nn.Module) -> bool:
 
 
 def rounded(linears: Sequence[nn.Linear]) -> Product:
-    """The outputs of `linears` side by side, from weights, inputs and outputs that are rounded to bfloat16.
+    """The outputs of `linears` side by side, in bfloat16, from weights and inputs that are rounded to it.
 
-    What a row gets does not depend on the rows beside it. Inputs and outputs are of one dtype.
+    What a row gets does not depend on the rows beside it.
     """
     weight = torch.cat([linear.weight.detach() for linear in linears]).bfloat16()
     bias = None
@@ -90,11 +90,11 @@ def rounded(linears: Sequence[nn.Linear]) -> Product:
         bias = torch.cat([linear.bias.detach() for linear in linears]).bfloat16()
     packed = _by_onednn(weight, bias)
     if weight.shape[1] <= LONGEST_UNCUT:
-        return lambda x: packed(x.bfloat16()).to(x.dtype)
+        return lambda x: packed(x.bfloat16())
 
     def product(x: Tensor) -> Tensor:
         parts = [packed(rows) for rows in x.bfloat16().flatten(0, -2).split(ROWS_UNCUT)]
-        return (parts[0] if len(parts) == 1 else torch.cat(parts)).to(x.dtype).view(*x.shape[:-1], -1)
+        return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(*x.shape[:-1], -1)
 
     return product
 

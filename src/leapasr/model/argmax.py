@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
-WIDENED = 32  # rows of bfloat16 that become float32 at a time: so many stay in a core's cache
+INFINITY = 0x7F80  # bits of the largest bfloat16 that is a number
 BLOCK = 128  # neighbours of which `top` first takes the best alone
 
 
@@ -20,9 +21,15 @@ def argmax(logits: Tensor) -> Tensor:
     values = logits.detach()
     if values.dtype != torch.bfloat16:
         return torch.from_numpy(values.numpy().argmax(-1))
-    rows = values.reshape(-1, values.shape[-1]).split(WIDENED)  # NumPy has no bfloat16
-    best = [torch.from_numpy(row.float().numpy().argmax(-1)) for row in rows]
-    return torch.cat(best).view(values.shape[:-1]) if best else torch.empty(values.shape[:-1], dtype=torch.long)
+    # NumPy has no bfloat16, of which positive ones are in the order of their bits
+    bits = values.view(torch.int16).numpy()
+    best = bits.argmax(-1)
+    largest = np.take_along_axis(bits, best[..., None], -1)[..., 0]
+    unsure = torch.from_numpy((largest <= 0) | (largest > INFINITY))
+    found = torch.from_numpy(best)
+    if bool(unsure.any()):
+        found[unsure] = torch.from_numpy(values[unsure].float().numpy().argmax(-1))
+    return found
 
 
 def top(logits: Tensor, number: int) -> Tensor:

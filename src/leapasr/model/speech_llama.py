@@ -355,7 +355,14 @@ class SpeechLlamaForConditionalGeneration(PreTrainedModel):
         if self.draft_layers is not None:
             yield from self.draft_layers.body.layers
 
-    def remember(self, embeddings_BLD: Tensor, cache: Cache, lengths_B: Tensor | None = None) -> None:
+    def remember(
+        self,
+        embeddings_BLD: Tensor,
+        cache: Cache,
+        lengths_B: Tensor | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         """Put the keys and values of speech embeddings into every layer of the decoder's `cache`.
 
         They have no rotary position: a decoder with a memory has learnt ones.
@@ -363,6 +370,7 @@ class SpeechLlamaForConditionalGeneration(PreTrainedModel):
         Args:
             embeddings_BLD: (B, L, D); (B, L, 2D) where draft layers read others than the decoder's own layers.
             lengths_B: of the rows; what lies behind them is not computed, and is zero in the cache.
+            dtype: of keys and values; None: that of the embeddings.
         """
         D = self.config.decoder_config.hidden_size
         places_BL = None
@@ -376,7 +384,7 @@ class SpeechLlamaForConditionalGeneration(PreTrainedModel):
             if self._memory_projections:
                 projections, normed = self._memory_projections[index], normed.to(self.speech_dtype)
             keys, values = (
-                _unpacked(projection(normed).to(embeddings_BLD.dtype), places_BL)
+                _unpacked(projection(normed).to(dtype or embeddings_BLD.dtype), places_BL)
                 .unflatten(-1, (-1, layer.self_attn.head_dim))
                 .transpose(1, 2)
                 for projection in projections
