@@ -6,13 +6,23 @@ from itertools import accumulate, pairwise
 from operator import mul
 
 import pytest
+import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 from test_decoding import MAX_TOKENS, VERIFY, make_prompts, outcomes, scripted
 
 from leapasr.decoding import DecodingOptions, SpeechLlamaDecoder, decode
 from leapasr.decoding import costs as costs_module
-from leapasr.decoding.costs import CARRIED, FREE, CallCosts, fastest_ways, measure_costs, num_worth_drafting, tune
+from leapasr.decoding.costs import (
+    CARRIED,
+    FREE,
+    CallCosts,
+    fastest_ways,
+    find_costs,
+    find_ways,
+    measure_costs,
+    num_worth_drafting,
+)
 from leapasr.decoding.interface import Ways
 from leapasr.decoding.reference import beam_reference, decode_reference
 
@@ -134,25 +144,62 @@ def test_the_fastest_ways_are_found(decoder, monkeypatch, fastest):
     assert fastest_ways(decoder) == fastest
 
 
+@pytest.mark.parametrize(("may_round", "is_steady", "is_faster"), [(1, 1, 1), (0, 1, 1), (1, 0, 1), (1, 1, 0)])
+def test_products_are_rounded_only_if_that_is_allowed_steady_and_faster(
+    decoder, monkeypatch, may_round, is_steady, is_faster
+):
+    taken = []
+    monkeypatch.setattr(decoder, "prepare", taken.append)
+    monkeypatch.setattr(decoder, "may_round", bool(may_round))
+    monkeypatch.setattr(costs_module, "_seconds", lambda *_: 0.9 if taken[-1].rounded and is_faster else 1.0)
+    monkeypatch.setattr(costs_module, "steady", lambda decoder: bool(is_steady))
+    assert fastest_ways(decoder).rounded == bool(may_round and is_steady and is_faster)
+
+
+def test_ways_are_found_once(decoder, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    found, taken = Ways("mkl", rough=True), []
+    monkeypatch.setattr(costs_module, "fastest_ways", lambda decoder: found)
+    monkeypatch.setattr(decoder, "prepare", taken.append)
+    assert find_ways(decoder, "a") == found
+    monkeypatch.setattr(costs_module, "fastest_ways", lambda decoder: Ways())
+    assert find_ways(decoder, "a") == found
+    assert find_ways(decoder, "another model") == Ways()
+    assert taken == [found, found, Ways()]
+    decoder.may_round = True
+    assert find_ways(decoder, "a") == Ways()
+    decoder.may_round = False
+    paths = list(tmp_path.rglob("*.json"))
+    assert len(paths) == 3
+    for damaged in ("", "[]", '{"packed": true}'):
+        for path in paths:
+            path.write_text(damaged)
+        assert find_ways(decoder, "a") == Ways()
+
+
 def test_costs_are_measured_once(decoder, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    first = tune(decoder, "a")
+    first = find_costs(decoder, "a", Ways())
     (path,) = tmp_path.rglob("*.json")
-    assert tune(decoder, "a") == first
+    assert find_costs(decoder, "a", Ways()) == first
     written = json.loads(path.read_text())
     written["seconds"][0][0] = 0.0
     path.write_text(json.dumps(written))
-    assert tune(decoder, "a").seconds[0][0] == 0.0
-    tune(decoder, "another model")
-    assert len(list(tmp_path.rglob("*.json"))) == 2
-    earlier = json.dumps({**written, "ways": {"packed": True, "rough": False}})
-    for damaged in ("", "[]", '{"num_rows": 3}', earlier):
+    assert find_costs(decoder, "a", Ways()).seconds[0][0] == 0.0
+    find_costs(decoder, "another model", Ways())
+    find_costs(decoder, "a", Ways(rough=True))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    find_costs(decoder, "a", Ways())
+    monkeypatch.undo()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert len(list(tmp_path.rglob("*.json"))) == 4
+    for damaged in ("", "[]", '{"num_rows": 3}'):
         path.write_text(damaged)
-        assert tune(decoder, "a").seconds[0][0] > 0
+        assert find_costs(decoder, "a", Ways()).seconds[0][0] > 0
         assert json.loads(path.read_text())["num_rows"] == list(first.num_rows)
 
 
 def test_costs_that_cannot_be_kept_are_measured_all_the_same(decoder, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert tune(decoder, "a").seconds[0][0] > 0
+    assert find_costs(decoder, "a", Ways()).seconds[0][0] > 0

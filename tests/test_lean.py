@@ -1,19 +1,21 @@
 """What makes decoder calls short changes nothing: lean layers, packed weights, ids of the likeliest."""
 
 import copy
+import weakref
 
 import psutil
 import pytest
 import torch
-from test_decoding import MAX_TOKENS, make_prompts
+from test_decoding import MAX_TOKENS, make_prompts, scripted
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 from leapasr.decoding import DecodingOptions, SpeechLlamaDecoder, decode
 from leapasr.decoding.cache import RaggedCache
+from leapasr.decoding.costs import steady
 from leapasr.decoding.interface import CausalLMDecoder, Ways
-from leapasr.decoding.lean import LeanLayers
-from leapasr.decoding.packing import LEFT_FREE, PACKINGS, pack
+from leapasr.decoding.lean import TABLE_SIZE, LeanLayers
+from leapasr.decoding.packing import LEFT_FREE, PACKINGS, Packer, pack, rounded
 from leapasr.model.argmax import argmax
 from leapasr.model.draft_layers import leave_out_feed_forward, read_hidden
 from leapasr.model.low_rank import add_low_rank
@@ -158,6 +160,115 @@ def test_packed_decoders_write_the_same(build_tiny_model, strategy, ways):
         results.append(decode(decoder, prompts, options, max_tokens=[MAX_TOKENS] * 5))
     for plain, other in zip(*results, strict=True):
         assert other.tokens == plain.tokens
+
+
+rounds = pytest.mark.skipif(
+    not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported(),
+    reason="this CPU does not multiply in bfloat16",
+)
+
+
+@rounds
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("size", [64, 432, 1536])
+def test_a_row_of_a_rounded_product_is_the_same_whatever_is_beside_it(size, bias):
+    generator = torch.Generator().manual_seed(2)
+    linears = [nn.Linear(size, num, bias=bias).requires_grad_(False) for num in (200, 72)]
+    x = torch.randn(2, 50, size, generator=generator)
+    product, (first, second) = rounded(linears), Packer(rounded=True).products(*linears)(x)
+    found = product(x)
+    assert torch.equal(torch.cat([first, second], -1), found)
+    for num_rows in (1, 2, 31, 33, 77):
+        rows = x.view(-1, size)[:num_rows]
+        assert torch.equal(product(rows), found.view(-1, 272)[:num_rows])
+    exact = torch.cat([linear.bfloat16()(x.bfloat16()).float() for linear in linears], -1)
+    torch.testing.assert_close(found.float(), exact, rtol=0.02, atol=0.02)
+
+
+def build_rounding(build_tiny_model, **fields):
+    model = copy.deepcopy(build_tiny_model(dtype=torch.float32, **fields))
+    model.set_speech_dtype(torch.bfloat16)
+    return SpeechLlamaDecoder(model)
+
+
+@rounds
+def test_a_rounding_decoder_is_steady():
+    sizes = {"hidden_size": 64, "intermediate_size": 640, "num_key_value_heads": 2}
+    decoder = CausalLMDecoder(build_llama(**sizes), may_round=True)
+    assert not steady(decoder)  # in float32 it is not
+    decoder.prepare(Ways("onednn", rough=True, rounded=True))
+    assert steady(decoder)
+    plain = decoder._lean._layers[0].o
+    decoder._lean._layers[0].o = lambda x: plain(x) * (1 + 0.01 * (x.shape[1] > 1))
+    assert not steady(decoder)
+
+
+@rounds
+@pytest.mark.parametrize("rope", [{}, {"rope_type": "linear", "factor": 4.0}, {"rope_type": "dynamic", "factor": 4.0}])
+def test_turns_from_tables(rope):
+    llama = build_llama(rope_parameters={"rope_type": "default", "rope_theta": 100.0, **rope})
+    decoder = CausalLMDecoder(llama, may_round=True)
+    assert decoder.may_round == (rope.get("rope_type") != "dynamic")  # whose turns depend on the longest text so far
+    if decoder.may_round:
+        decoder.prepare(Ways(rounded=True))
+        for positions in ([[3, 0]], [[5, TABLE_SIZE - 1], [TABLE_SIZE, 3 * TABLE_SIZE + 7]], [[2, 9]]):
+            positions_BW = torch.tensor(positions)
+            found = decoder._lean._turns(torch.zeros(1), positions_BW)
+            for ours, theirs in zip(found, llama.model.rotary_emb(torch.zeros(1), positions_BW), strict=True):
+                torch.testing.assert_close(ours, theirs)
+
+
+@rounds
+@pytest.mark.parametrize("kind", ["right", "random", "mixed"])
+def test_rounded_verification_writes_what_rounded_autoregressive_decoding_writes(build_tiny_model, kind):
+    decoder, prompts = build_rounding(build_tiny_model), make_prompts(12, dtype=torch.float32)
+    bounds = [MAX_TOKENS] * 12
+    autoregressive = DecodingOptions(strategy="autoregressive", max_repeats=4)
+    exact = decode(decoder, prompts, autoregressive, max_tokens=bounds)
+    decoder.prepare(Ways("onednn", rough=True, rounded=True))
+    expected = decode(decoder, prompts, autoregressive, max_tokens=bounds)
+    sureness = [[record.log_probability for record in each[0].trace] for each in (exact, expected)]
+    assert sureness[0] != sureness[1]  # it is another computation
+    verify = DecodingOptions(strategy="verify", drafts="mtp", max_repeats=4)
+    results = decode(decoder, prompts, verify, max_tokens=bounds, drafters=scripted(expected, kind, 7))
+    assert [each.tokens for each in results] == [each.tokens for each in expected]
+
+
+@rounds
+def test_who_may_round(build_tiny_model):
+    for model in (build_tiny_model(dtype=torch.float32), build_tiny_model()):
+        decoder = SpeechLlamaDecoder(model)
+        assert not decoder.may_round
+        with pytest.raises(AssertionError):
+            decoder.prepare(Ways(rounded=True))
+    assert CausalLMDecoder(build_llama(), may_round=True).may_round
+    assert not CausalLMDecoder(build_llama().bfloat16(), may_round=True).may_round
+
+
+@rounds
+def test_no_rounding_without_room(monkeypatch):
+    llama, memory = build_llama(), psutil.virtual_memory()
+    num_bytes = sum(each.nbytes for each in llama.parameters()) // 2
+    for missing in (0, 1):
+        room = memory._replace(available=LEFT_FREE + num_bytes - missing)
+        monkeypatch.setattr(psutil, "virtual_memory", lambda room=room: room)
+        assert CausalLMDecoder(llama, may_round=True).may_round == (not missing)
+
+
+def test_copies_of_earlier_ways_are_let_go_before_new_ones_are_made(build_tiny_model, monkeypatch):
+    decoder = SpeechLlamaDecoder(build_tiny_model(dtype=torch.float32))
+    decoder.prepare(Ways("onednn", rough=True))
+    earlier = [weakref.ref(each) for each in (decoder._lean, decoder._rough)]
+    real, held = Packer.product, []
+
+    def product(packer, linear):
+        held.extend(each() is not None for each in earlier)
+        return real(packer, linear)
+
+    monkeypatch.setattr(Packer, "product", product)
+    decoder.prepare(Ways("mkl", rough=True))
+    assert held
+    assert not any(held)
 
 
 def test_ways_can_be_taken_back(build_tiny_model):

@@ -9,6 +9,7 @@ import torch
 from leapasr.audio import read_audio
 from leapasr.chunks import Chunk
 from leapasr.decoding import DecodingOptions
+from leapasr.decoding.costs import steady
 from leapasr.decoding.reference import beam_reference, decode_reference, full_forward
 from leapasr.decoding.unembedding import RoughUnembedding
 from leapasr.evaluation.peers import generate
@@ -60,6 +61,21 @@ def test_mixed_keeps_the_decoder_and_what_it_promises(transcriber, mixed):
     assert difference < 0.03
     expected = [result.tokens for result in mixed.decode(encoded, AUTOREGRESSIVE).results]
     assert [result.tokens for result in mixed.decode(encoded, VERIFY).results] == expected
+
+
+@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this CPU does not multiply in bfloat16")
+def test_rounded_products_change_nothing_of_what_mixed_promises(mixed):
+    encoded = mixed.encode(mixed.cut([(n, read_audio(PACKAGE / "samples" / name)) for n, name in enumerate(SPOKEN)]))
+    mixed.costs  # noqa: B018 (found now, and not when something is decoded: that would undo what is prepared here)
+    decoder, ways = mixed.decoder, mixed.decoder.ways
+    try:
+        decoder.prepare(Ways("onednn", rough=True, rounded=True))
+        assert steady(decoder)
+        expected = [result.tokens for result in mixed.decode(encoded, AUTOREGRESSIVE).results]
+        for options in (VERIFY, DecodingOptions(drafts="mtp"), DecodingOptions(draft_length="full")):
+            assert [result.tokens for result in mixed.decode(encoded, options).results] == expected
+    finally:
+        decoder.prepare(ways)
 
 
 def test_it_is_small_and_says_what_it_is_and_whose():

@@ -9,7 +9,7 @@ import importlib.resources
 import os
 import re
 import threading
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -262,6 +262,7 @@ class Transcriber:
         About half an hour of audio is read and transcribed at a time, of however many recordings.
 
         Args:
+            sources: on a CPU, threads that share the work take from it, one at a time.
             progress: called with the seconds of audio done since it was last called.
 
         Raises:
@@ -270,18 +271,27 @@ class Transcriber:
         self._check_call(options, batch_size, clips, language)
         segments: dict[int, list[Segment]] = defaultdict(list)
         seconds: dict[int, np.ndarray] = defaultdict(lambda: np.zeros(3))  # of the encoder, the decoder, and of audio
-        ended: deque[tuple[int, float | AudioError]] = deque()
+        ended: deque[tuple[int, float | AudioError]] = deque()  # of which nothing more will be heard
+        num_heard: Counter[int] = Counter()  # chunks of each
+        num_done: Counter[int] = Counter()
 
         def heard() -> Iterator[Chunk[int]]:
             for index, source in enumerate(sources):
+                listening = self.listen(index, source, clips, language=language)
                 try:
-                    audio_seconds = yield from self.listen(index, source, clips, language=language)
-                    ended.append((index, audio_seconds))
+                    while True:
+                        try:
+                            chunk = next(listening)
+                        except StopIteration as end:
+                            ended.append((index, end.value))
+                            break
+                        num_heard[index] += 1
+                        yield chunk
                 except AudioError as error:
                     ended.append((index, error))
 
         def finished() -> Iterator[tuple[int, Transcription | AudioError]]:
-            while ended:
+            while ended and num_done[ended[0][0]] == num_heard[ended[0][0]]:
                 index, end = ended.popleft()
                 ordered = sorted(segments.pop(index, []), key=lambda segment: segment.start)
                 encoder, decoder, speech = map(float, seconds.pop(index, np.zeros(3)))
@@ -292,16 +302,22 @@ class Transcriber:
                     progress(end - speech)  # silence
                 yield index, Transcription(ordered, end, encoder, decoder, self.language_of(language))
 
-        for window in windows((chunk, chunk.samples) for chunk in heard()):
-            number = num_workers(self.model.device, min(batch_size, len(window)))
-            batches = by_length((chunk for chunk, _ in window), batch_size // number)
-            for done in self._segments(batches, options, number, batch_size, word_times, vad_filter):
-                recording = done.chunk.recording
-                if done.segment:
-                    segments[recording].append(done.segment)
-                seconds[recording] += [done.encoder_seconds, done.decoder_seconds, done.chunk.seconds]
-                if progress:
-                    progress(done.chunk.seconds)
+        spans = windows((chunk, chunk.samples) for chunk in heard())
+        first = next(spans, [])
+        number = num_workers(self.model.device, min(batch_size, len(first)))
+        batches = (
+            batch
+            for span in chain([first], spans)
+            for batch in by_length((chunk for chunk, _ in span), batch_size // number)
+        )
+        for done in self._segments(batches, options, number, batch_size, word_times, vad_filter):
+            recording = done.chunk.recording
+            if done.segment:
+                segments[recording].append(done.segment)
+            seconds[recording] += [done.encoder_seconds, done.decoder_seconds, done.chunk.seconds]
+            num_done[recording] += 1
+            if progress:
+                progress(done.chunk.seconds)
             yield from finished()
         yield from finished()
 
@@ -340,7 +356,7 @@ class Transcriber:
         def in_order() -> Iterator[Segment]:
             segments: dict[float, Segment | None] = {}
             first = list(islice(heard, num_workers(self.model.device, batch_size)))
-            number = max(1, len(first))
+            number = num_workers(self.model.device, len(first))
             shared = batches(chain(first, heard), batch_size // number)
             for done in self._segments(shared, options, number, batch_size, word_times, vad_filter):
                 segments[done.chunk.start] = done.segment

@@ -22,7 +22,7 @@ _ENDED = object()  # a worker has
 
 def num_workers(device: torch.device, num_jobs: int) -> int:
     """How many threads are to share `num_jobs` jobs on this device; 1 where they would be no faster."""
-    return min(NUM_WORKERS, num_jobs, torch.get_num_threads()) if device.type == "cpu" else 1
+    return max(1, min(NUM_WORKERS, num_jobs, torch.get_num_threads())) if device.type == "cpu" else 1
 
 
 def share_out(work: Callable[[Iterator[Job]], Iterable[Result]], jobs: Iterable[Job], number: int) -> Iterator[Result]:
@@ -56,6 +56,7 @@ def share_out(work: Callable[[Iterator[Job]], Iterable[Result]], jobs: Iterable[
 
     def run() -> None:
         torch.set_num_threads(max(1, num_cores // number))
+        torch.get_num_threads()  # asked once, a thread keeps its number, whatever others set
         begun.wait()
         try:
             for result in work(taken()):

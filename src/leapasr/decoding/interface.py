@@ -46,6 +46,11 @@ class Prompts:
         slots_B = self.lengths_B if self.memory_lengths_B is None else self.lengths_B + self.memory_lengths_B
         return slots_B.tolist()
 
+    def to(self, dtype: torch.dtype) -> Prompts:
+        """The same in another floating-point type."""
+        memory_BMD = None if self.memory_BMD is None else self.memory_BMD.to(dtype)
+        return replace(self, embeddings_BLD=self.embeddings_BLD.to(dtype), memory_BMD=memory_BMD)
+
     def select(self, rows: Sequence[int]) -> Prompts:
         """Some of the rows, padded as they are."""
         return replace(self, **{name: value[rows] for name, value in vars(self).items() if value is not None})
@@ -165,6 +170,9 @@ class CausalLMDecoder:
         may_round: its products may be of numbers that are rounded to bfloat16, where the LM is in float32 on a CPU that
             can do that, and of an architecture that `LeanLayers` fit.
 
+    Attributes:
+        ways: that it works in.
+
     Raises:
         ValueError: the LM has no end-of-text token.
     """
@@ -196,7 +204,8 @@ class CausalLMDecoder:
         self.end_tokens = frozenset([end] if isinstance(end, int) else end)
         self.device = causal_lm.device
         self.dtype = causal_lm.dtype
-        self.may_round = may_round and self._is_lean and can_round(causal_lm)
+        steady = self._is_lean and LeanLayers.can_be_steady(self.body)
+        self.may_round = may_round and steady and can_round(causal_lm)
         self.prepare(Ways())
 
     def new_cache(self, prompts: Prompts) -> RaggedCache:
@@ -228,6 +237,7 @@ class CausalLMDecoder:
 
     def prepare(self, ways: Ways) -> None:
         assert self.may_round or not ways.rounded
+        self.ways = ways
         self._cache_dtype = torch.bfloat16 if ways.rounded else self.dtype
         self._rough: RoughUnembedding | None = None
         self._lean: LeanLayers | None = None

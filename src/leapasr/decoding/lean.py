@@ -21,6 +21,8 @@ from leapasr.decoding.packing import AS_THEY_ARE, Packer, Product, Products
 from leapasr.model.draft_layers import DraftLayers, NoFeedForward
 
 LEAST_INPUTS, MOST_INPUTS = 4, 32  # of an attention that is to be steady
+STEADY_TURNS = ("default", "linear", "llama3", "yarn")  # transformers' kinds of rotary positions
+TABLE_SIZE = 1024  # positions whose turns are computed at a time
 
 
 class LeanLayers:
@@ -35,6 +37,7 @@ class LeanLayers:
 
     def __init__(self, body: Any, draft_layers: DraftLayers | None, packer: Packer = AS_THEY_ARE):
         self._steady = packer.rounded
+        self._tables: tuple[Tensor, ...] = (torch.empty(0), torch.empty(0))
         self._rotary: nn.Module = body.rotary_emb
         self._layers, self._norm = [_Layer(layer, packer) for layer in body.layers], body.norm
         self._draft_layers: list[_Layer] = []
@@ -48,11 +51,16 @@ class LeanLayers:
         bodies = [body] if draft_layers is None else [body, draft_layers.body]
         return all(type(each) is LlamaModel and all(map(_is_plain, each.layers)) for each in bodies)
 
+    @staticmethod
+    def can_be_steady(body: Any) -> bool:
+        """Whether the turns of a position are the same in calls of any length, so that products may be rounded."""
+        return body.rotary_emb.rope_type in STEADY_TURNS
+
     def __call__(
         self, embeddings_BWD: Tensor, positions_BW: Tensor, mask_B1WS: Tensor, cache: Cache | None, *, drafting: bool
     ) -> Tensor:
         """Last hidden states (B, W, D) or, with draft layers, (B, W, 2D)."""
-        cos_BWC, sin_BWC = self._rotary(embeddings_BWD, positions_BW)
+        cos_BWC, sin_BWC = self._turns(embeddings_BWD, positions_BW)
         if self._steady:
             mask_B1WS = mask_B1WS.clamp(min=torch.finfo(torch.bfloat16).min).bfloat16()
         rest = cos_BWC[:, None], _turned(sin_BWC)[:, None], mask_B1WS, cache
@@ -67,6 +75,23 @@ class LeanLayers:
         for layer in self._draft_layers:
             branch = layer(branch, *rest)
         return torch.cat([hidden, _normed(branch, self._draft_norm)], -1)
+
+    def _turns(self, embeddings_BWD: Tensor, positions_BW: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines (B, W, C) by which positions turn queries and keys.
+
+        Steady, they are from tables: of many numbers a library's cosines may be others than of few.
+        """
+        if not self._steady:
+            return self._rotary(embeddings_BWD, positions_BW)
+        tables, last = self._tables, int(positions_BW.max())
+        if last >= len(tables[0]):
+            starts = range(len(tables[0]), last + 1, TABLE_SIZE)
+            ranges = [torch.arange(start, start + TABLE_SIZE)[None] for start in starts]
+            more = [self._rotary(embeddings_BWD, positions) for positions in ranges]
+            tables = tuple(torch.cat([table, *(part[n][0] for part in more)]) for n, table in enumerate(tables))
+            self._tables = tables
+        cos_PC, sin_PC = tables
+        return cos_PC[positions_BW], sin_PC[positions_BW]
 
 
 class _Layer:

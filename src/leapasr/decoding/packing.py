@@ -27,7 +27,7 @@ PACKINGS: tuple[Packing, ...] = get_args(Packing)
 ROWS_HINT = 16  # what layouts are made for; other numbers of rows are as right, and about as fast
 LEFT_FREE = 2**31  # bytes of memory that packed copies leave to caches, and to whatever else runs
 CHECKED = (1, 3, 24)  # rows of the products that packed weights have to get right before they are used
-LONGEST_UNCUT = 511  # terms of a sum that oneDNN does not cut into parts whose number depends on that of the rows
+LONGEST_UNCUT = 448  # terms of a sum that oneDNN does not cut into parts, whose number depends on that of the rows
 ROWS_UNCUT = 32  # of a product with longer sums: up to so many rows they are cut alike
 
 
@@ -82,7 +82,8 @@ def can_round(model: nn.Module) -> bool:
 def rounded(linears: Sequence[nn.Linear]) -> Product:
     """The outputs of `linears` side by side, in bfloat16, from weights and inputs that are rounded to it.
 
-    What a row gets does not depend on the rows beside it.
+    What a row gets does not depend on the rows beside it, if there are 64 inputs or more (`decoding.costs.steady` tries
+    it out: it is no promise of oneDNN's).
     """
     weight = torch.cat([linear.weight.detach() for linear in linears]).bfloat16()
     bias = None

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
-from leapasr.chunks import by_length
+from leapasr.chunks import Chunk, by_length
 from leapasr.decoding import DecodingOptions
 from leapasr.evaluation.peers import FasterWhisper, generate, generate_whisper
+from leapasr.model.precision import cast
 from leapasr.running import EncodedBatch, timed
-from leapasr.transcriber import Transcriber
+from leapasr.transcriber import MIXED, Transcriber
 from leapasr.whisper_transcriber import WhisperTranscriber
+from leapasr.workers import num_workers, share_out
 
 STRATEGIES = (
     DecodingOptions(strategy="autoregressive"),
@@ -95,26 +99,39 @@ class GreedyCTC(System):
             samples,
             batch_size,
             lambda batch: [result.tokens for result in self.transcriber.decode_ctc(batch).results],
+            number=num_workers(self.transcriber.model.device, min(batch_size, len(samples))),
         )
 
 
 @dataclass
 class Generate(System):
-    """transformers' greedy `generate` with the same encoder and decoder; `lookup` tokens of its prompt lookup, or 0."""
+    """transformers' greedy `generate` with the same encoder and decoder.
+
+    Args:
+        lookup: tokens of its prompt lookup, or 0.
+        dtype: of a copy of the decoder; None: the decoder as it is.
+    """
 
     transcriber: Transcriber
     lookup: int = 0
+    dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
         self.name = "hf/prompt lookup" if self.lookup else GENERATE
         self.batched = not self.lookup
+        self.model = self.transcriber.model
+        if self.dtype is not None:
+            self.name += " " + str(self.dtype).removeprefix("torch.")
+            self.model = copy.deepcopy(self.model)
+            cast(self.model, self.dtype)
 
     def run(self, samples: Sequence[np.ndarray], batch_size: int) -> Run:
         options = {"prompt_lookup_num_tokens": self.lookup} if self.lookup else {}
         ends = self.transcriber.decoder.end_tokens
 
         def decode(batch: EncodedBatch) -> list[list[int]]:
-            written = generate(self.transcriber.model, batch.prompts, max_tokens=max(batch.max_tokens), **options)
+            prompts = batch.prompts.to(self.model.decoder.dtype)
+            written = generate(self.model, prompts, max_tokens=max(batch.max_tokens), **options)
             return [
                 [token for token in row[:most] if token not in ends]
                 for row, most in zip(written, batch.max_tokens, strict=True)
@@ -161,19 +178,27 @@ def _by_batches(
     samples: Sequence[np.ndarray],
     batch_size: int,
     decode: Callable[[EncodedBatch], list[list[int]]],
+    *,
+    number: int = 1,
 ) -> Run:
-    """Encode batches of like length and let `decode` write the ids of each."""
+    """Encode batches of like length and let `decode` write the ids of each; so many threads share the rows."""
     texts = [""] * len(samples)
     tokens: list[list[int]] = [[] for _ in samples]
     encoder_seconds = decoder_seconds = 0.0
     pieces: list[tuple[int, float, list[int]]] = []
-    for chunks in by_length(transcriber.cut(enumerate(samples)), batch_size):
-        batch = transcriber.encode(chunks)
-        with timed(transcriber.model.device) as timer:
-            written = decode(batch)
-        encoder_seconds += batch.seconds
-        decoder_seconds += timer.seconds
-        pieces += [(chunk.recording, chunk.start, ids) for chunk, ids in zip(chunks, written, strict=True)]
+
+    def work(batches: Iterator[Sequence[Chunk[int]]]) -> Iterator[tuple[EncodedBatch, list[list[int]], float]]:
+        for chunks in batches:
+            batch = transcriber.encode(chunks)
+            with timed(transcriber.model.device) as timer:
+                written = decode(batch)
+            yield batch, written, timer.seconds
+
+    batches = by_length(transcriber.cut(enumerate(samples)), batch_size // number)
+    for batch, written, seconds in share_out(work, batches, number):
+        encoder_seconds += batch.seconds / number
+        decoder_seconds += seconds / number
+        pieces += [(chunk.recording, chunk.start, ids) for chunk, ids in zip(batch.chunks, written, strict=True)]
     for index, _, ids in sorted(pieces, key=lambda piece: piece[:2]):
         tokens[index] += ids
         texts[index] = f"{texts[index]} {transcriber.processor.decode_text(ids)}".strip()
@@ -196,6 +221,7 @@ def build_systems(
         GreedyCTC(transcriber),
         *(Leapasr(transcriber, options) for options in strategies),
         Generate(transcriber),
+        *([Generate(transcriber, dtype=torch.bfloat16)] if transcriber.dtype == MIXED else []),
         # its assisted generation goes wrong with a cache that something was put into before
         *([] if transcriber.model.config.speech_as_memory else [Generate(transcriber, lookup=8)]),
         *map(Whisper, peers),

@@ -11,8 +11,7 @@ V vocabulary, F mel bins.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from copy import deepcopy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -103,6 +102,23 @@ def _stack(rows: list[Tensor], lengths_B: Tensor) -> Tensor:
     return stacked
 
 
+def _joint_projection(layers: Sequence[Any]) -> nn.Linear:
+    """Keys and values of all `layers`, side by side, of what is normed once for all of them."""
+    parts = [(layer.input_layernorm.weight, project) for layer in layers for project in _memory_projections(layer)]
+    weight_PD = torch.cat([project.weight * norm_D for norm_D, project in parts]).detach()
+    with torch.device("meta"):
+        joint = nn.Linear(weight_PD.shape[1], weight_PD.shape[0], bias=parts[0][1].bias is not None)
+    joint.weight = nn.Parameter(weight_PD, requires_grad=False)
+    if joint.bias is not None:
+        joint.bias = nn.Parameter(torch.cat([project.bias for _, project in parts]).detach(), requires_grad=False)
+    return joint
+
+
+def _memory_projections(layer: Any) -> tuple[nn.Linear, nn.Linear]:
+    """What makes keys and values in a layer of the decoder."""
+    return layer.self_attn.k_proj, layer.self_attn.v_proj
+
+
 def _unpacked(packed_PD: Tensor, places_BL: Tensor | None) -> Tensor:
     """What lies at these places, (B, L, D), zeros elsewhere; without places, what is given."""
     if places_BL is None:
@@ -156,7 +172,7 @@ class SpeechLlamaForConditionalGeneration(PreTrainedModel):
         self.mtp_heads = build_heads(config)
         self.draft_layers = build_draft_layers(config)
         self._ctc_unembedding: Tensor | None = None  # the decoder's, in the speech side's dtype
-        self._memory_projections: list[tuple[nn.Module, nn.Module]] = []  # likewise
+        self._memory_projections: list[nn.Linear] = []  # likewise, of all layers that read the same
         self.post_init()
         self.reset_heads()
 
@@ -231,10 +247,8 @@ class SpeechLlamaForConditionalGeneration(PreTrainedModel):
         if self.config.ctc_unembedding:
             self._ctc_unembedding = self.decoder.lm_head.weight.detach().to(dtype)
         if self.config.speech_as_memory:
-            attentions = [layer.self_attn for layer in self._layers_with_memory()]
-            self._memory_projections = [deepcopy((each.k_proj, each.v_proj)) for each in attentions]
-            for projection in chain.from_iterable(self._memory_projections):
-                projection.to(dtype)
+            own, drafting = self._layers_with_memory()
+            self._memory_projections = [_joint_projection(layers).to(dtype) for layers in (own, drafting) if layers]
 
     @property
     def ctc_frame_rate(self) -> float:
@@ -255,7 +269,7 @@ class SpeechLlamaForConditionalGeneration(PreTrainedModel):
         index = torch.tensor(self.config.reserved, device=self.device)
         columns = [self.get_input_embeddings(), self.text_positions, self.soft_prompt]
         rows = [self.speech_projection.projection, self.speech_projection.ctc_projection]
-        for layer in self._layers_with_memory():
+        for layer in chain(*self._layers_with_memory()):
             rows += [layer.self_attn.o_proj, getattr(layer.mlp, "down_proj", None)]
         for dimension, modules in ((1, columns), (0, rows)):
             for parameter in (
@@ -349,11 +363,10 @@ class SpeechLlamaForConditionalGeneration(PreTrainedModel):
         positions = join_positions(encoding.positions_BL, encoding.lengths_B, prompt.shape[1])
         return prompt, encoding.lengths_B + begin_BND.shape[1], positions, None, None
 
-    def _layers_with_memory(self) -> Iterator[Any]:
+    def _layers_with_memory(self) -> tuple[list[Any], list[Any]]:
         """The decoder's layers, and the draft layers, in the order of their places in the cache."""
-        yield from self.decoder.base_model.layers  # type: ignore[misc]
-        if self.draft_layers is not None:
-            yield from self.draft_layers.body.layers
+        own: Any = self.decoder.base_model.layers
+        return list(own), [] if self.draft_layers is None else list(self.draft_layers.body.layers)
 
     def remember(
         self,
@@ -377,19 +390,26 @@ class SpeechLlamaForConditionalGeneration(PreTrainedModel):
         if lengths_B is not None and int(lengths_B.min()) < embeddings_BLD.shape[1]:
             places_BL = padding_mask(lengths_B, embeddings_BLD.shape[1])
             embeddings_BLD = embeddings_BLD[places_BL]  # (P, D): the places of all rows, one behind the other
-        for index, layer in enumerate(self._layers_with_memory()):
-            drafting = index >= self.config.decoder_config.num_hidden_layers
-            normed = layer.input_layernorm(embeddings_BLD[..., -D:] if drafting else embeddings_BLD[..., :D])
-            projections = layer.self_attn.k_proj, layer.self_attn.v_proj
-            if self._memory_projections:
-                projections, normed = self._memory_projections[index], normed.to(self.speech_dtype)
-            keys, values = (
-                _unpacked(projection(normed).to(dtype or embeddings_BLD.dtype), places_BL)
-                .unflatten(-1, (-1, layer.self_attn.head_dim))
-                .transpose(1, 2)
-                for projection in projections
-            )
-            cache.update(keys, values, index)
+        layers, dtype = self._layers_with_memory(), dtype or embeddings_BLD.dtype
+        head_dim = layers[0][0].self_attn.head_dim
+        index = 0
+        for place, (part, read_BLD) in enumerate(
+            zip(layers, (embeddings_BLD[..., :D], embeddings_BLD[..., -D:]), strict=True)
+        ):
+            if part and self._memory_projections:
+                normed = nn.functional.rms_norm(read_BLD, (D,), None, part[0].input_layernorm.variance_epsilon)
+                joint = self._memory_projections[place](normed.to(self.speech_dtype)).to(dtype)
+                states = _unpacked(joint, places_BL).chunk(2 * len(part), -1)
+            else:
+                states = tuple(
+                    _unpacked(project(layer.input_layernorm(read_BLD)).to(dtype), places_BL)
+                    for layer in part
+                    for project in _memory_projections(layer)
+                )
+            by_head = [state.unflatten(-1, (-1, head_dim)).transpose(1, 2) for state in states]
+            for keys, values in zip(by_head[::2], by_head[1::2], strict=True):
+                cache.update(keys, values, index)
+                index += 1
 
     def read_text(
         self,
