@@ -10,6 +10,7 @@ from leapasr.audio import read_audio
 from leapasr.chunks import Chunk
 from leapasr.decoding import DecodingOptions
 from leapasr.decoding.costs import steady
+from leapasr.decoding.interface import Ways
 from leapasr.decoding.reference import beam_reference, decode_reference, full_forward
 from leapasr.decoding.unembedding import RoughUnembedding
 from leapasr.evaluation.peers import generate
