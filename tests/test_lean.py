@@ -14,7 +14,7 @@ from leapasr.decoding import DecodingOptions, SpeechLlamaDecoder, decode
 from leapasr.decoding.cache import RaggedCache
 from leapasr.decoding.costs import steady
 from leapasr.decoding.interface import CausalLMDecoder, Ways
-from leapasr.decoding.lean import TABLE_SIZE, LeanLayers
+from leapasr.decoding.lean import TABLE_SIZE, LeanLayers, _steady_attention
 from leapasr.decoding.packing import LEFT_FREE, PACKINGS, Packer, pack, rounded
 from leapasr.model.argmax import argmax
 from leapasr.model.draft_layers import leave_out_feed_forward, read_hidden
@@ -193,7 +193,7 @@ def build_rounding(build_tiny_model, **fields):
 
 @rounds
 def test_a_rounding_decoder_is_steady():
-    sizes = {"hidden_size": 64, "intermediate_size": 640, "num_key_value_heads": 2}
+    sizes = {"hidden_size": 64, "intermediate_size": 640, "num_key_value_heads": 2, "hidden_act": "gelu"}
     decoder = CausalLMDecoder(build_llama(**sizes), may_round=True)
     assert not steady(decoder)  # in float32 it is not
     decoder.prepare(Ways("onednn", rough=True, rounded=True))
@@ -201,6 +201,23 @@ def test_a_rounding_decoder_is_steady():
     plain = decoder._lean._layers[0].o
     decoder._lean._layers[0].o = lambda x: plain(x) * (1 + 0.01 * (x.shape[1] > 1))
     assert not steady(decoder)
+
+
+@rounds
+def test_attention_is_the_same_however_many_look():
+    generator = torch.Generator().manual_seed(6)
+    for num_slots in (112, 208, 512, 640):
+        q, k, v = (torch.randn(2, 6, size, 72, generator=generator) for size in (100, num_slots, num_slots))
+        mask_B1WS = torch.zeros(2, 1, 100, num_slots, dtype=torch.bfloat16)
+        mask_B1WS.masked_fill_(torch.ones(100, num_slots).triu(num_slots - 99).bool(), torch.finfo(torch.bfloat16).min)
+        k, v = k.bfloat16(), v.bfloat16()
+        found = _steady_attention(q, k, v, mask_B1WS, enable_gqa=False)
+        for first, width in [*((first, 1) for first in range(100)), (3, 2), (10, 40), (50, 13)]:
+            places = slice(first, first + width)
+            alone = _steady_attention(q[:, :, places], k, v, mask_B1WS[:, :, places], enable_gqa=False)
+            assert torch.equal(alone, found[:, :, places]), (num_slots, first, width)
+        exact = nn.functional.scaled_dot_product_attention(q, k.float(), v.float(), mask_B1WS.float())
+        torch.testing.assert_close(found.float(), exact, rtol=0.03, atol=0.01)
 
 
 @rounds

@@ -229,6 +229,27 @@ def test_padding_is_not_remembered(built, speech_dtype):
 
 
 @torch.no_grad()
+def test_what_is_remembered_in_bfloat16_is_what_is_remembered(built):
+    model = copy.deepcopy(built[0])
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            parameter.data += 0.5 * torch.randn_like(parameter)
+    audio, _ = features(4, seed=8)
+    _, _, _, memory_BMD, lengths_B = model.prompt(model.encode(audio, torch.tensor([48, 20, 33, 9])))
+    exact, rounded, kept = DynamicCache(), DynamicCache(), DynamicCache()
+    model.remember(memory_BMD, exact, lengths_B)
+    model.set_speech_dtype(torch.bfloat16)
+    model.remember(memory_BMD, rounded, lengths_B)
+    model.remember(memory_BMD, kept, lengths_B, dtype=torch.bfloat16)
+    assert len(exact.layers) == len(rounded.layers)
+    for ours, theirs, short in zip(rounded.layers, exact.layers, kept.layers, strict=True):
+        for name in ("keys", "values"):
+            found, wanted = getattr(ours, name), getattr(theirs, name)
+            assert (found.dtype, getattr(short, name).dtype) == (wanted.dtype, torch.bfloat16)
+            assert 0 < (found - wanted).norm() < 0.01 * wanted.norm()
+
+
+@torch.no_grad()
 def test_in_training_a_row_gets_what_it_gets_alone(built):
     model, _ = built
     (audio, _), lengths = features(3, seed=6), torch.tensor([48, 20, 33])

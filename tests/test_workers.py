@@ -23,7 +23,12 @@ def doubled(jobs):
 
 @pytest.mark.parametrize("number", [1, 2, 3])
 def test_every_job_is_done_once(number):
-    assert sorted(share_out(doubled, range(100), number)) == list(range(0, 200, 2))
+    def jobs():
+        for job in range(100):
+            time.sleep(0.001)  # time for another thread to ask, which no generator can bear
+            yield job
+
+    assert sorted(share_out(doubled, jobs(), number)) == list(range(0, 200, 2))
     assert list(share_out(doubled, [], number)) == []
 
 

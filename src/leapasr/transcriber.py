@@ -54,7 +54,7 @@ MAX_CHUNK_SECONDS = 25.0
 MIN_FILTERED_SECONDS = 1.0  # in shorter chunks the CTC head may miss the only word
 
 DEFAULT_OPTIONS = DecodingOptions()
-MIXED = "mixed"  # the speech side in bfloat16, the decoder in float32
+MIXED = "mixed"  # the speech side in bfloat16, the decoder in float32, where it pays with rounded products
 AUTO = "auto"  # mixed where that is measured to be faster, else float32
 AUTO_SPEEDUP = 1.5  # of products in bfloat16, from which on mixed is taken
 DTYPES = {
@@ -594,7 +594,8 @@ def load(
             takes the model inside the package.
         device: ``cpu``, ``cuda``, ``cuda:1``, ...; None takes a GPU where there is one.
         dtype: ``float32`` (if None), ``bfloat16`` or ``float16``; ``mixed`` has the speech side in bfloat16, which is
-            much faster where a CPU has AMX, and the decoder in float32, so that all that it promises holds; ``auto`` is
+            much faster where a CPU has AMX, and the decoder in float32, but for products and attention where a CPU has
+            bfloat16 kernels that are faster and keep, bit for bit, what it promises (`decoding.packing`); ``auto`` is
             ``mixed`` where bfloat16 is measured to be faster on this device, else ``float32``, as it is for a Whisper.
         adapter: for a Whisper, folder of heads that were fitted to it (`leapasr fit`); None takes those inside the
             package, if there are any for its very weights.
