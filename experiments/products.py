@@ -14,7 +14,7 @@ import time
 import torch
 from torch import Tensor, nn
 
-from leapasr.decoding.packing import PACKINGS, Product, packer
+from leapasr.decoding.packing import PACKINGS, Packer, Product
 
 SHAPES = ((432, 432), (432, 1536), (1536, 432))
 NUM_WEIGHTS = 20
@@ -44,7 +44,7 @@ def main() -> None:
             linears = [nn.Linear(width, size).to(dtype) for _ in range(NUM_WEIGHTS)]
             packings = PACKINGS if dtype == torch.float32 else ("onednn",)  # in whichever, bfloat16 is packed by oneDNN
             for packing in (None, *packings):
-                products: list[Product] = [packer(packing)(linear) for linear in linears]
+                products: list[Product] = [Packer(packing).product(linear) for linear in linears]
                 if packing and products[0] is linears[0]:
                     continue  # cannot be packed here
                 times = [

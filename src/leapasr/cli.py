@@ -82,8 +82,8 @@ Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; a GPU,
 Dtype = Annotated[
     Literal["float32", "auto", "mixed", "bfloat16", "float16"],
     typer.Option(
-        help="Floating-point type to compute in; mixed: speech side in bfloat16, decoder in float32; auto: mixed where "
-        "that is faster, else float32."
+        help="Floating-point type to compute in; mixed: speech side in bfloat16, decoder in float32, its products in "
+        "bfloat16 where that is faster; auto: mixed where that is faster, else float32."
     ),
 ]
 
