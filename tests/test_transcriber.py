@@ -7,7 +7,9 @@ import shutil
 import subprocess
 import sys
 import tracemalloc
+import weakref
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from math import inf
 
 import numpy as np
@@ -16,6 +18,7 @@ import soundfile
 import torch
 
 import leapasr
+import leapasr.transcriber as transcriber_module
 from leapasr.audio import SAMPLE_RATE, AudioError
 from leapasr.chunks import SHORTEST_SECONDS, by_length, clipped, cut_pieces, cut_recording, windows
 from leapasr.decoding import DecodingOptions, decode
@@ -420,6 +423,47 @@ def test_token_bound_follows_the_audio(transcriber):
 def test_truncated_texts_say_so(transcriber):
     result = transcriber.transcribe(noise(3), DecodingOptions(max_tokens=1))
     assert result.truncated == ["length"] * len(result.segments)
+
+
+@pytest.mark.parametrize("batch_size", [2, 3, 8])
+def test_two_threads_write_what_one_writes(transcriber, babble, batch_size, tmp_path):
+    sources = [babble(1.5, 1), tmp_path / "none.wav", babble(2.5, 2), babble(0.7, 3), babble(3.1, 4), noise(0.5)]
+    done = []
+    expected = dict(transcriber.transcribe_each(sources, batch_size=1))
+    torch.set_num_threads(2)
+    try:
+        found = list(transcriber.transcribe_each(sources, batch_size=batch_size, progress=done.append))
+        streamed = list(transcriber.stream(np.concatenate([babble(2.5, 2), babble(3.1, 4)]), batch_size=batch_size))
+    finally:
+        torch.set_num_threads(1)
+    assert [index for index, _ in found] == [0, 1, 2, 3, 4, 5]
+    for index, result in found:
+        if index == 1:
+            assert "not found" in str(result)
+            continue
+        assert [segment.tokens for segment in result.segments] == [
+            segment.tokens for segment in expected[index].segments
+        ]
+        assert result.encoder_seconds > 0
+    assert sum(done) == pytest.approx(1.5 + 2.5 + 0.7 + 3.1 + 0.5, abs=0.01)
+    alone = transcriber.stream(np.concatenate([babble(2.5, 2), babble(3.1, 4)]), batch_size=1)
+    assert [segment.tokens for segment in streamed] == [segment.tokens for segment in alone]
+
+
+def test_samples_that_were_heard_are_let_go(transcriber, babble, monkeypatch):
+    monkeypatch.setattr(transcriber_module, "windows", partial(windows, seconds=3.0))
+    given, left = [], []
+
+    def sources():
+        for index in range(9):
+            left.append([place for place, each in enumerate(given) if each() is not None])
+            samples = babble(1.2, index)
+            given.append(weakref.ref(samples))
+            yield samples
+            del samples
+
+    assert len(dict(transcriber.transcribe_each(sources(), batch_size=1))) == 9
+    assert [left[3], left[6]] == [[2], [5]]  # windows of three: when one is read, the one before it is gone
 
 
 def test_bad_audio_among_good(transcriber, tmp_path):

@@ -303,14 +303,18 @@ class Transcriber:
                 yield index, Transcription(ordered, end, encoder, decoder, self.language_of(language))
 
         spans = windows((chunk, chunk.samples) for chunk in heard())
-        first = next(spans, [])
-        number = num_workers(self.model.device, min(batch_size, len(first)))
-        batches = (
-            batch
-            for span in chain([first], spans)
-            for batch in by_length((chunk for chunk, _ in span), batch_size // number)
-        )
-        for done in self._segments(batches, options, number, batch_size, word_times, vad_filter):
+        ahead = [next(spans, [])]
+        number = num_workers(self.model.device, min(batch_size, len(ahead[0])))
+
+        def batches() -> Iterator[Sequence[Chunk[int]]]:
+            while span := ahead.pop():
+                batches_of_span = by_length([chunk for chunk, _ in span], batch_size // number)
+                del span  # or half an hour of samples would be here while the next one is read
+                yield from batches_of_span
+                del batches_of_span
+                ahead.append(next(spans, []))
+
+        for done in self._segments(batches(), options, number, batch_size, word_times, vad_filter):
             recording = done.chunk.recording
             if done.segment:
                 segments[recording].append(done.segment)
