@@ -124,3 +124,20 @@ def test_joined_rows_go_on_as_they_were(decoder, rows, longer_first):
 def test_no_more_is_committed_than_was_written(decoder, rows):
     with pytest.raises(AssertionError, match=r"\[3, 3, 3\] of 2 inputs"):
         feed(decoder, RaggedCache(len(rows)), [x[:2] for x in rows], num_committed=[3, 3, 3])
+
+
+@pytest.mark.parametrize("multiple", [1, 16])
+def test_slots_in_sight_are_a_multiple_and_kept_in_a_dtype(multiple):
+    cache = RaggedCache(2, dtype=torch.bfloat16, multiple=multiple)
+    for width, commit in ((5, [5, 2]), (13, [13, 13]), (1, [1, 1])):
+        positions_BW, mask_B1WS = cache.plan(width, torch.float32)
+        states = torch.randn(2, 3, width, 4)
+        keys, values = cache.update(states, states + 1, 0)
+        assert keys.shape[2] == mask_B1WS.shape[3] == cache.get_seq_length()
+        assert keys.shape[2] % multiple == 0
+        assert 0 <= keys.shape[2] - (max(cache.lengths) + width) < multiple
+        for row in range(2):
+            assert torch.equal(keys[row, :, positions_BW[row]], states[row].bfloat16())
+            assert torch.equal(values[row, :, positions_BW[row]], (states[row] + 1).bfloat16())
+        assert (mask_B1WS == 0).sum(-1).flatten().tolist() == (positions_BW + 1).flatten().tolist()
+        cache.commit(commit)

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 LEAST_ROOM = 64  # slots that a cache grows by
-STEADY_SLOTS = 16  # slots in sight are a multiple: sums over them are then cut alike in calls of any width
 
 
 @dataclass(slots=True)
@@ -97,6 +96,7 @@ class RaggedCache(Cache):
         memory: what the decoder keeps for each row beside its slots, and writes once; nothing is copied of it when
             rows leave, join or are reordered.
         dtype: of keys and values; None: that in which they come.
+        multiple: slots in sight are a multiple of so many, for sums over them to be cut alike in calls of any width.
 
     Attributes:
         lengths: committed slots of each row.
@@ -111,11 +111,12 @@ class RaggedCache(Cache):
         device: torch.device | str = "cpu",
         memory: Sequence[Any] | None = None,
         dtype: torch.dtype | None = None,
+        multiple: int = 1,
     ):
         self.lengths = [0] * num_rows
         self.memory: list[Any] = [None] * num_rows if memory is None else list(memory)
         assert len(self.memory) == num_rows, f"{len(self.memory)} memories for {num_rows} rows"
-        self.device = device
+        self.device, self._multiple = device, multiple
         self._write = _Write()
         super().__init__(layer_class_to_replicate=partial(RaggedLayer, self._write, dtype))  # type: ignore[arg-type]
 
@@ -131,7 +132,7 @@ class RaggedCache(Cache):
         shortest, longest = min(self.lengths), max(self.lengths)
         self._write.positions_BW = positions_BW
         self._write.start = longest if shortest == longest else None
-        self._write.end = -(-(longest + width) // STEADY_SLOTS) * STEADY_SLOTS
+        self._write.end = -(-(longest + width) // self._multiple) * self._multiple
         hidden_BWS = torch.arange(self._write.end, device=self.device) > positions_BW[..., None]
         mask_BWS = torch.zeros(hidden_BWS.shape, dtype=dtype, device=self.device)
         return positions_BW, mask_BWS.masked_fill_(hidden_BWS, torch.finfo(dtype).min)[:, None]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from leapasr.decoding.cache import RaggedCache
-from leapasr.decoding.lean import LeanLayers
+from leapasr.decoding.lean import STEADY_SLOTS, LeanLayers
 from leapasr.decoding.packing import Packer, Packing, Product, can_round
 from leapasr.decoding.unembedding import RoughUnembedding
 from leapasr.model.draft_layers import DraftLayers, read_hidden
@@ -209,7 +209,7 @@ class CausalLMDecoder:
         self.prepare(Ways())
 
     def new_cache(self, prompts: Prompts) -> RaggedCache:
-        return RaggedCache(len(prompts.lengths_B), device=self.device, dtype=self._cache_dtype)
+        return RaggedCache(len(prompts.lengths_B), device=self.device, **self._kept)
 
     def embed(self, tokens_BW: Tensor, places_BW: Tensor) -> Tensor:
         return self.embed_tokens(tokens_BW)
@@ -238,7 +238,7 @@ class CausalLMDecoder:
     def prepare(self, ways: Ways) -> None:
         assert self.may_round or not ways.rounded
         self.ways = ways
-        self._cache_dtype = torch.bfloat16 if ways.rounded else self.dtype
+        self._kept: dict[str, Any] = {"dtype": torch.bfloat16, "multiple": STEADY_SLOTS} if ways.rounded else {}
         self._rough: RoughUnembedding | None = None
         self._lean: LeanLayers | None = None
         self._unembed: Product = self.lm_head
@@ -282,6 +282,6 @@ class SpeechLlamaDecoder(CausalLMDecoder):
         cache = super().new_cache(prompts)
         if prompts.memory_BMD is not None and prompts.memory_lengths_B is not None:
             cache.plan(prompts.memory_BMD.shape[1], self.dtype)
-            self._remember(prompts.memory_BMD, cache, prompts.memory_lengths_B, dtype=self._cache_dtype)
+            self._remember(prompts.memory_BMD, cache, prompts.memory_lengths_B, dtype=self._kept.get("dtype"))
             cache.commit(prompts.memory_lengths_B.tolist())
         return cache

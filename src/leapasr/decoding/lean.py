@@ -21,6 +21,7 @@ from leapasr.decoding.packing import AS_THEY_ARE, Packer, Product, Products
 from leapasr.model.draft_layers import DraftLayers, NoFeedForward
 
 LEAST_INPUTS, MOST_INPUTS = 4, 32  # of an attention that is to be steady
+STEADY_SLOTS = 16  # slots that it sees are a multiple of these
 STEADY_TURNS = ("default", "linear", "llama3", "yarn")  # transformers' kinds of rotary positions
 TABLE_SIZE = 1024  # positions whose turns are computed at a time
 
