@@ -163,8 +163,8 @@ def test_packed_decoders_write_the_same(build_tiny_model, strategy, ways):
 
 
 rounds = pytest.mark.skipif(
-    not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported(),
-    reason="this CPU does not multiply in bfloat16",
+    not torch.cpu._is_amx_tile_supported(),
+    reason="this CPU has no AMX",
 )
 
 

@@ -64,7 +64,7 @@ def test_mixed_keeps_the_decoder_and_what_it_promises(transcriber, mixed):
     assert [result.tokens for result in mixed.decode(encoded, VERIFY).results] == expected
 
 
-@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this CPU does not multiply in bfloat16")
+@pytest.mark.skipif(not torch.cpu._is_amx_tile_supported(), reason="this CPU has no AMX")
 def test_rounded_products_change_nothing_of_what_mixed_promises(mixed):
     encoded = mixed.encode(mixed.cut([(n, read_audio(PACKAGE / "samples" / name)) for n, name in enumerate(SPOKEN)]))
     mixed.costs  # noqa: B018 (found now, and not when something is decoded: that would undo what is prepared here)
