@@ -185,8 +185,8 @@ def test_a_row_of_a_rounded_product_is_the_same_whatever_is_beside_it(size, bias
     torch.testing.assert_close(found.float(), exact, rtol=0.02, atol=0.02)
 
 
-def build_rounding(build_tiny_model, **fields):
-    model = copy.deepcopy(build_tiny_model(dtype=torch.float32, **fields))
+def build_rounding(build_tiny_model):
+    model = copy.deepcopy(build_tiny_model(dtype=torch.float32))
     model.set_speech_dtype(torch.bfloat16)
     return SpeechLlamaDecoder(model)
 

@@ -21,6 +21,13 @@ def doubled(jobs):
         yield 2 * job
 
 
+def recorded(taken):
+    """A thousand jobs, and in `taken` those that somebody took."""
+    for job in range(1000):
+        taken.append(job)
+        yield job
+
+
 @pytest.mark.parametrize("number", [1, 2, 3])
 def test_every_job_is_done_once(number):
     def jobs():
@@ -103,14 +110,8 @@ def test_an_error_of_the_jobs_themselves():
 
 def test_who_stops_leaves_jobs_undone_and_no_thread_behind():
     taken = []
-
-    def jobs():
-        for job in range(1000):
-            taken.append(job)
-            yield job
-
     before = threading.active_count()
-    results = share_out(doubled, jobs(), 2)
+    results = share_out(doubled, recorded(taken), 2)
     next(results)
     results.close()
     assert len(taken) < 20
@@ -122,13 +123,7 @@ def test_who_stops_leaves_jobs_undone_and_no_thread_behind():
 
 def test_no_job_is_taken_long_before_its_result_is():
     taken = []
-
-    def jobs():
-        for job in range(1000):
-            taken.append(job)
-            yield job
-
-    results = share_out(doubled, jobs(), 2)
+    results = share_out(doubled, recorded(taken), 2)
     for index in range(5):
         next(results)
         time.sleep(0.05)

@@ -277,18 +277,16 @@ class Transcriber:
 
         def heard() -> Iterator[Chunk[int]]:
             for index, source in enumerate(sources):
-                listening = self.listen(index, source, clips, language=language)
                 try:
-                    while True:
-                        try:
-                            chunk = next(listening)
-                        except StopIteration as end:
-                            ended.append((index, end.value))
-                            break
-                        num_heard[index] += 1
-                        yield chunk
+                    audio_seconds = yield from self.listen(index, source, clips, language=language)
+                    ended.append((index, audio_seconds))
                 except AudioError as error:
                     ended.append((index, error))
+
+        def counted() -> Iterator[tuple[Chunk[int], np.ndarray]]:
+            for chunk in heard():
+                num_heard[chunk.recording] += 1
+                yield chunk, chunk.samples
 
         def finished() -> Iterator[tuple[int, Transcription | AudioError]]:
             while ended and num_done[ended[0][0]] == num_heard[ended[0][0]]:
@@ -302,19 +300,20 @@ class Transcriber:
                     progress(end - speech)  # silence
                 yield index, Transcription(ordered, end, encoder, decoder, self.language_of(language))
 
-        spans = windows((chunk, chunk.samples) for chunk in heard())
+        spans = windows(counted())
         ahead = [next(spans, [])]
         number = num_workers(self.model.device, min(batch_size, len(ahead[0])))
+        share = batch_size // number
 
         def batches() -> Iterator[Sequence[Chunk[int]]]:
             while span := ahead.pop():
-                batches_of_span = by_length([chunk for chunk, _ in span], batch_size // number)
+                batches_of_span = by_length([chunk for chunk, _ in span], share)
                 del span  # or half an hour of samples would be here while the next one is read
                 yield from batches_of_span
                 del batches_of_span
                 ahead.append(next(spans, []))
 
-        for done in self._segments(batches(), options, number, batch_size, word_times, vad_filter):
+        for done in self._segments(batches(), options, number, share, word_times, vad_filter):
             recording = done.chunk.recording
             if done.segment:
                 segments[recording].append(done.segment)
@@ -361,8 +360,9 @@ class Transcriber:
             segments: dict[float, Segment | None] = {}
             first = list(islice(heard, num_workers(self.model.device, batch_size)))
             number = num_workers(self.model.device, len(first))
-            shared = batches(chain(first, heard), batch_size // number)
-            for done in self._segments(shared, options, number, batch_size, word_times, vad_filter):
+            share = batch_size // number
+            shared = batches(chain(first, heard), share)
+            for done in self._segments(shared, options, number, share, word_times, vad_filter):
                 segments[done.chunk.start] = done.segment
                 while waiting and waiting[0].start in segments:
                     if following := segments.pop(waiting.popleft().start):
@@ -406,15 +406,15 @@ class Transcriber:
         batches: Iterable[Sequence[Chunk]],
         options: DecodingOptions,
         number: int,
-        batch_size: int,
+        share: int,
         word_times: bool,
         vad_filter: bool,
     ) -> Iterator[_Done]:
-        """Encode and decode batches of chunks, by so many threads that share `batch_size` rows: each as it is done."""
+        """Encode and decode batches of `share` chunks, by so many threads: each chunk as it is done."""
 
         def work(batches: Iterator[Sequence[Chunk]]) -> Iterator[_Done]:
             encoded = (self.encode(chunks) for chunks in batches)
-            for done in self.decode_each(encoded, options, num_left=batch_size // number // 2):
+            for done in self.decode_each(encoded, options, num_left=share // 2):
                 is_kept = not vad_filter or self.hears_speech(done)
                 segment = self.segment(done, word_times=word_times) if is_kept else None
                 yield _Done(done.chunk, segment, done.encoder_seconds / number, done.seconds / number)

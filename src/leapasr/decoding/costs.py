@@ -95,8 +95,8 @@ def measure_costs(decoder: Decoder) -> CallCosts:
     """Time calls of `decoder` and what its heads say: the quickest of a few of each size, and none below a smaller."""
     table: list[tuple[float, ...]] = []
     for num_rows in NUM_ROWS:
-        cache = decoder.new_cache(Prompts(torch.empty(num_rows, 0, 0), torch.zeros(num_rows, dtype=torch.long)))
-        _call(decoder, cache, SLOTS)
+        cache = _empty_cache(decoder, num_rows)
+        _call(decoder, cache, _zeros(decoder, cache, SLOTS))
         cache.commit([SLOTS] * num_rows)
         row: list[float] = []
         for index, width in enumerate(WIDTHS):
@@ -117,15 +117,23 @@ def _quickest(decoder: Decoder, cache: RaggedCache, width: int) -> float:
     return min(seconds)
 
 
-def _call(decoder: Decoder, cache: RaggedCache, width: int) -> torch.Tensor:
-    tokens_BW = torch.zeros(len(cache.lengths), width, dtype=torch.long, device=decoder.device)
-    positions_BW, mask_B1WS = cache.plan(width, decoder.dtype)
-    return decoder.call(decoder.embed(tokens_BW, tokens_BW), positions_BW, mask_B1WS, cache)
+def _empty_cache(decoder: Decoder, num_rows: int) -> RaggedCache:
+    return decoder.new_cache(Prompts(torch.empty(num_rows, 0, 0), torch.zeros(num_rows, dtype=torch.long)))
+
+
+def _zeros(decoder: Decoder, cache: RaggedCache, width: int) -> torch.Tensor:
+    """Token ids (B, W) that will do where only time counts."""
+    return torch.zeros(len(cache.lengths), width, dtype=torch.long, device=decoder.device)
+
+
+def _call(decoder: Decoder, cache: RaggedCache, tokens_BW: torch.Tensor) -> torch.Tensor:
+    positions_BW, mask_B1WS = cache.plan(tokens_BW.shape[1], decoder.dtype)
+    return decoder.call(decoder.embed(tokens_BW, positions_BW), positions_BW, mask_B1WS, cache)
 
 
 def _seconds(decoder: Decoder, cache: RaggedCache, width: int) -> float:
     start = time.perf_counter()
-    hidden_BWD = _call(decoder, cache, width)
+    hidden_BWD = _call(decoder, cache, _zeros(decoder, cache, width))
     best_BW = argmax(decoder.logits(hidden_BWD, exact=False))
     best_BW.tolist()
     if decoder.num_heads > 1:
@@ -140,16 +148,17 @@ def fastest_ways(decoder: Decoder) -> Ways:
 
     Rounded products only where the decoder may round, and where calls are `steady` then.
     """
-    cache = decoder.new_cache(Prompts(torch.empty(1, 0, 0), torch.zeros(1, dtype=torch.long)))
 
     @lru_cache  # the packing that is found is one of the ways that are compared then
     def seconds(ways: Ways) -> float:
         decoder.prepare(ways)
+        cache = _empty_cache(decoder, 1)  # what it is like depends on the ways
         return sum(_quickest(decoder, cache, width) for width in WIDTHS[:-1])
 
     packing = min((None, *PACKINGS), key=lambda packing: seconds(Ways(packing)))
     ways = min((Ways(packing), Ways(packing, rough=True)), key=seconds)
     rounded = Ways(packing, rough=True, rounded=True)
+    # timed last, it is what the decoder works in when it is asked whether it is steady
     return rounded if decoder.may_round and seconds(rounded) < seconds(ways) and steady(decoder) else ways
 
 
@@ -162,18 +171,14 @@ def steady(decoder: Decoder) -> bool:
     tokens_BW = tokens_BW.to(decoder.device)
 
     def read(rows: int, widths: Sequence[int]) -> torch.Tensor:
-        cache = decoder.new_cache(Prompts(torch.empty(rows, 0, 0), torch.zeros(rows, dtype=torch.long)))
-        parts = []
+        cache, parts = _empty_cache(decoder, rows), []
         for part_BW in tokens_BW[:rows].split(list(widths), 1):
-            positions_BW, mask_B1WS = cache.plan(part_BW.shape[1], decoder.dtype)
-            embeddings_BWD = decoder.embed(part_BW, positions_BW)
-            parts.append(decoder.call(embeddings_BWD, positions_BW, mask_B1WS, cache))
+            parts.append(_call(decoder, cache, part_BW))
             cache.commit([part_BW.shape[1]] * rows)
-        return torch.cat(parts, 1)
+        return torch.cat(parts, 1)[:1]
 
-    wide = {rows: read(rows, STEADY_WIDTHS) for rows in STEADY_ROWS}
     one_by_one = read(1, [1] * sum(STEADY_WIDTHS))
-    return all(torch.equal(each[:1], one_by_one) for each in wide.values())
+    return all(torch.equal(read(rows, STEADY_WIDTHS), one_by_one) for rows in STEADY_ROWS)
 
 
 def find_ways(decoder: Decoder, description: str) -> Ways:

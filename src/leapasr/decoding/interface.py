@@ -208,8 +208,13 @@ class CausalLMDecoder:
         self.may_round = may_round and steady and can_round(causal_lm)
         self.prepare(Ways())
 
+    @property
+    def _cache_dtype(self) -> torch.dtype | None:
+        return torch.bfloat16 if self.ways.rounded else None
+
     def new_cache(self, prompts: Prompts) -> RaggedCache:
-        return RaggedCache(len(prompts.lengths_B), device=self.device, **self._kept)
+        multiple = STEADY_SLOTS if self.ways.rounded else 1
+        return RaggedCache(len(prompts.lengths_B), device=self.device, dtype=self._cache_dtype, multiple=multiple)
 
     def embed(self, tokens_BW: Tensor, places_BW: Tensor) -> Tensor:
         return self.embed_tokens(tokens_BW)
@@ -238,7 +243,6 @@ class CausalLMDecoder:
     def prepare(self, ways: Ways) -> None:
         assert self.may_round or not ways.rounded
         self.ways = ways
-        self._kept: dict[str, Any] = {"dtype": torch.bfloat16, "multiple": STEADY_SLOTS} if ways.rounded else {}
         self._rough: RoughUnembedding | None = None
         self._lean: LeanLayers | None = None
         self._unembed: Product = self.lm_head
@@ -282,6 +286,6 @@ class SpeechLlamaDecoder(CausalLMDecoder):
         cache = super().new_cache(prompts)
         if prompts.memory_BMD is not None and prompts.memory_lengths_B is not None:
             cache.plan(prompts.memory_BMD.shape[1], self.dtype)
-            self._remember(prompts.memory_BMD, cache, prompts.memory_lengths_B, dtype=self._kept.get("dtype"))
+            self._remember(prompts.memory_BMD, cache, prompts.memory_lengths_B, dtype=self._cache_dtype)
             cache.commit(prompts.memory_lengths_B.tolist())
         return cache

@@ -133,15 +133,13 @@ def _steady_attention(q: Tensor, k: Tensor, v: Tensor, mask_B1WS: Tensor, *, ena
 
     PyTorch's kernels for one query, and for more than a few dozen, sum in other orders than those between.
     """
-    attended = []
+    attended, k, v = [], k.bfloat16(), v.bfloat16()
     for some_q, some_mask in zip(q.bfloat16().split(MOST_INPUTS, 2), mask_B1WS.split(MOST_INPUTS, 2), strict=True):
         num = some_q.shape[2]
         if num < LEAST_INPUTS:
             some_q = nn.functional.pad(some_q, (0, 0, 0, LEAST_INPUTS - num))
             some_mask = nn.functional.pad(some_mask, (0, 0, 0, LEAST_INPUTS - num))
-        part = nn.functional.scaled_dot_product_attention(
-            some_q, k.bfloat16(), v.bfloat16(), some_mask, enable_gqa=enable_gqa
-        )
+        part = nn.functional.scaled_dot_product_attention(some_q, k, v, some_mask, enable_gqa=enable_gqa)
         attended.append(part[:, :, :num])
     return attended[0] if len(attended) == 1 else torch.cat(attended, 2)
 

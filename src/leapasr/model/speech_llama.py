@@ -11,7 +11,7 @@ V vocabulary, F mel bins.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -104,7 +104,11 @@ def _stack(rows: list[Tensor], lengths_B: Tensor) -> Tensor:
 
 def _joint_projection(layers: Sequence[Any]) -> nn.Linear:
     """Keys and values of all `layers`, side by side, of what is normed once for all of them."""
-    parts = [(layer.input_layernorm.weight, project) for layer in layers for project in _memory_projections(layer)]
+    parts = [
+        (layer.input_layernorm.weight, project)
+        for layer in layers
+        for project in (layer.self_attn.k_proj, layer.self_attn.v_proj)
+    ]
     weight_PD = torch.cat([project.weight * norm_D for norm_D, project in parts]).detach()
     with torch.device("meta"):
         joint = nn.Linear(weight_PD.shape[1], weight_PD.shape[0], bias=parts[0][1].bias is not None)
@@ -112,11 +116,6 @@ def _joint_projection(layers: Sequence[Any]) -> nn.Linear:
     if joint.bias is not None:
         joint.bias = nn.Parameter(torch.cat([project.bias for _, project in parts]).detach(), requires_grad=False)
     return joint
-
-
-def _memory_projections(layer: Any) -> tuple[nn.Linear, nn.Linear]:
-    """What makes keys and values in a layer of the decoder."""
-    return layer.self_attn.k_proj, layer.self_attn.v_proj
 
 
 def _unpacked(packed_PD: Tensor, places_BL: Tensor | None) -> Tensor:
@@ -172,7 +171,7 @@ class SpeechLlamaForConditionalGeneration(PreTrainedModel):
         self.mtp_heads = build_heads(config)
         self.draft_layers = build_draft_layers(config)
         self._ctc_unembedding: Tensor | None = None  # the decoder's, in the speech side's dtype
-        self._memory_projections: list[nn.Linear] = []  # likewise, of all layers that read the same
+        self._joint_projections: list[nn.Linear] = []  # likewise, of all layers that read the same
         self.post_init()
         self.reset_heads()
 
@@ -248,7 +247,7 @@ class SpeechLlamaForConditionalGeneration(PreTrainedModel):
             self._ctc_unembedding = self.decoder.lm_head.weight.detach().to(dtype)
         if self.config.speech_as_memory:
             own, drafting = self._layers_with_memory()
-            self._memory_projections = [_joint_projection(layers).to(dtype) for layers in (own, drafting) if layers]
+            self._joint_projections = [_joint_projection(layers).to(dtype) for layers in (own, drafting) if layers]
 
     @property
     def ctc_frame_rate(self) -> float:
@@ -390,26 +389,34 @@ class SpeechLlamaForConditionalGeneration(PreTrainedModel):
         if lengths_B is not None and int(lengths_B.min()) < embeddings_BLD.shape[1]:
             places_BL = padding_mask(lengths_B, embeddings_BLD.shape[1])
             embeddings_BLD = embeddings_BLD[places_BL]  # (P, D): the places of all rows, one behind the other
-        layers, dtype = self._layers_with_memory(), dtype or embeddings_BLD.dtype
-        head_dim = layers[0][0].self_attn.head_dim
-        index = 0
-        for place, (part, read_BLD) in enumerate(
-            zip(layers, (embeddings_BLD[..., :D], embeddings_BLD[..., -D:]), strict=True)
-        ):
-            if part and self._memory_projections:
-                normed = nn.functional.rms_norm(read_BLD, (D,), None, part[0].input_layernorm.variance_epsilon)
-                joint = self._memory_projections[place](normed.to(self.speech_dtype)).to(dtype)
-                states = _unpacked(joint, places_BL).chunk(2 * len(part), -1)
-            else:
-                states = tuple(
-                    _unpacked(project(layer.input_layernorm(read_BLD)).to(dtype), places_BL)
-                    for layer in part
-                    for project in _memory_projections(layer)
-                )
-            by_head = [state.unflatten(-1, (-1, head_dim)).transpose(1, 2) for state in states]
-            for keys, values in zip(by_head[::2], by_head[1::2], strict=True):
-                cache.update(keys, values, index)
-                index += 1
+        own, drafting = self._layers_with_memory()
+        states = chain(
+            self._keys_and_values(own, embeddings_BLD[..., :D], self._joint_projections[:1]),
+            self._keys_and_values(drafting, embeddings_BLD[..., -D:], self._joint_projections[1:]),
+        )
+        head_dim = own[0].self_attn.head_dim
+        for index, both in enumerate(states):
+            keys, values = (
+                _unpacked(each.to(dtype or embeddings_BLD.dtype), places_BL)
+                .unflatten(-1, (-1, head_dim))
+                .transpose(1, 2)
+                for each in both
+            )
+            cache.update(keys, values, index)
+
+    def _keys_and_values(
+        self, layers: Sequence[Any], read_BLD: Tensor, joint: Sequence[nn.Linear]
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """What each of `layers` remembers of what they all read; by the projection of all of them, if there is one."""
+        if joint:
+            norm = layers[0].input_layernorm
+            normed = nn.functional.rms_norm(read_BLD, read_BLD.shape[-1:], None, norm.variance_epsilon)
+            states = joint[0](normed.to(self.speech_dtype)).chunk(2 * len(layers), -1)
+            yield from zip(states[::2], states[1::2], strict=True)
+            return
+        for layer in layers:
+            normed = layer.input_layernorm(read_BLD)
+            yield layer.self_attn.k_proj(normed), layer.self_attn.v_proj(normed)
 
     def read_text(
         self,
