@@ -6,11 +6,11 @@ from leapasr.decoding.ctc import greedy_ctc
 from leapasr.model.adapter import (
     LOOKAHEAD_SIZE,
     Adapter,
-    SharedCTCHead,
     SpeechProjection,
     neighbouring_readings,
     stack_frames,
 )
+from leapasr.model.ctc_head import BLOCK_SIZE, CTCScores, SharedCTCHead
 
 
 def readings_around(ids, offsets, blank, everywhere=False):
@@ -53,7 +53,7 @@ def test_neighbouring_readings_against_a_loop(everywhere):
 def test_neighbouring_readings_name_the_tokens_that_ctc_reads():
     ids = torch.randint(0, 4, (1, 60), generator=torch.Generator().manual_seed(3))
     logits = torch.nn.functional.one_hot(ids, 4).float()
-    (read,) = greedy_ctc(logits, torch.tensor([60]), blank=0)
+    (read,) = greedy_ctc(CTCScores.of(logits), torch.tensor([60]), blank=0)
     around, exists = neighbouring_readings(ids, [-1, 1], blank=0)
     begins = [t for t in range(60) if ids[0, t] != 0 and (t == 0 or ids[0, t] != ids[0, t - 1])]
     assert [int(ids[0, around[0, t, 0]]) for t in begins[1:]] == read[:-1]
@@ -89,7 +89,7 @@ def test_rows_do_not_see_padding():
     def speech(frames, lengths):
         adapted, adapted_lengths = adapter(frames, lengths)
         ctc_logits = adapted @ head
-        return project(adapted, adapted_lengths, ctc_logits, embeddings)
+        return project(adapted, adapted_lengths, CTCScores.of(ctc_logits), embeddings)
 
     together, together_lengths, together_positions = speech(frames, lengths)
     assert together_lengths.tolist() == [8, 5, 2, 1]
@@ -111,7 +111,8 @@ def test_what_ctc_reads_against_a_loop(stacking):
     logits[..., 5:] -= 4  # few tokens: repetitions
     logits[..., PAD] += 1  # and blanks
     lengths = torch.tensor([11, 6, 1])
-    read = project.read_ctc(logits, project.best_tokens(logits, lengths), lengths, embeddings)
+    ctc = CTCScores.of(logits)
+    read = project.read_ctc(ctc, project.best_tokens(ctc, lengths), lengths, embeddings)
     assert read.shape == (3, -(-11 // stacking), 32)
     for row, length in enumerate(lengths.tolist()):
         posterior = logits[row, :length].float().softmax(-1).double()
@@ -148,7 +149,7 @@ def test_in_a_memory_every_frame_has_what_ctc_reads_around_it():
     frames = torch.randn(2, 9, 16, generator=generator, dtype=torch.float64)
     config.decoder_stacking = project.stacking = 1
     project.projection = torch.nn.Linear(16, 32).double()
-    both, _, _ = project(frames, lengths, logits, embeddings)
+    both, _, _ = project(frames, lengths, CTCScores.of(logits), embeddings)
     for row, length in enumerate(lengths.tolist()):
         best = logits[row, :length].argmax(-1).tolist()
         assert torch.allclose(both[row, :length, :32], project.projection(frames[row, :length]))
@@ -172,7 +173,7 @@ def test_only_ctc_in_prompt_reads_and_the_ctc_head_learns_from_its_own_loss_alon
     logits = torch.randn(1, 6, VOCAB_SIZE, generator=generator).requires_grad_()
     embeddings = torch.randn(VOCAB_SIZE, 32, generator=generator).requires_grad_()
     lengths = torch.tensor([6])
-    with_reading, _, _ = projection(config, torch.float32)(frames, lengths, logits, embeddings)
+    with_reading, _, _ = projection(config, torch.float32)(frames, lengths, CTCScores.of(logits), embeddings)
     with_reading.sum().backward()
     assert logits.grad is None
     assert embeddings.grad.abs().sum(1)[BOS] > 0
@@ -181,7 +182,7 @@ def test_only_ctc_in_prompt_reads_and_the_ctc_head_learns_from_its_own_loss_alon
     config.ctc_in_prompt, config.ctc_lookahead, config.ctc_positions = False, 0, False
     without = projection(config, torch.float32)
     assert [name for name, _ in without.named_parameters()] == ["projection.weight", "projection.bias"]
-    plain, _, _ = without(frames, lengths, logits, embeddings)
+    plain, _, _ = without(frames, lengths, None, embeddings)
     assert torch.equal(plain, without.projection(frames.view(1, 3, 32)))
     assert not torch.allclose(plain, with_reading)
     assert without.read_tokens(embeddings, torch.zeros(1, VOCAB_SIZE)) is embeddings
@@ -196,7 +197,7 @@ def test_positions_count_the_tokens_that_ctc_has_begun(stacking):
     inputs = (
         torch.zeros(3, 13, 16, dtype=torch.float64),
         lengths,
-        torch.nn.functional.one_hot(ids, VOCAB_SIZE).double(),
+        CTCScores.of(torch.nn.functional.one_hot(ids, VOCAB_SIZE).double()),
         torch.zeros(VOCAB_SIZE, 32, dtype=torch.float64),
     )
     _, places, positions = projection(config)(*inputs)
@@ -204,7 +205,7 @@ def test_positions_count_the_tokens_that_ctc_has_begun(stacking):
         for place in range(int(places[row])):
             heard = ids[row : row + 1, : min(length, (place + 1) * stacking)]
             logits = torch.nn.functional.one_hot(heard, 4).float()
-            (begun,) = greedy_ctc(logits, torch.tensor([heard.shape[1]]), blank=0)
+            (begun,) = greedy_ctc(CTCScores.of(logits), torch.tensor([heard.shape[1]]), blank=0)
             assert positions[row, place] == places[row] + max(0, len(begun) - 1)
     config.ctc_positions = False
     _, _, plain = projection(config)(*inputs)
@@ -241,3 +242,46 @@ def test_a_shared_ctc_head_begins_with_what_the_decoders_norm_gives():
     frames = torch.randn(3, config.adapter_size)
     projected = head.projection(frames) - head.projection.bias
     torch.testing.assert_close(projected[:, : config.adapter_size], frames * norm.weight[: config.adapter_size])
+
+
+@pytest.mark.parametrize("size", [None, 1, 3, 7, 16, 100])
+def test_logits_by_blocks_are_those_of_all_tokens(size):
+    config = tiny_config()
+    torch.manual_seed(4)
+    head = shared_ctc_head(config).double().requires_grad_(False)
+    unembedding = torch.randn(VOCAB_SIZE, config.decoder_config.hidden_size, dtype=torch.float64)
+    frames = torch.randn(2, 9, config.adapter_size, dtype=torch.float64)
+    blocks = sorted(head.blocks(frames, unembedding, size), key=lambda block: block[0])
+    assert [first for first, _ in blocks] == list(range(0, VOCAB_SIZE, size or VOCAB_SIZE))
+    torch.testing.assert_close(torch.cat([logits for _, logits in blocks], -1), head(frames, unembedding))
+
+
+@pytest.mark.parametrize("size", [2, 5, VOCAB_SIZE, BLOCK_SIZE])
+def test_what_is_read_by_blocks_against_all_logits(size, monkeypatch):
+    """Equal logits lie in several blocks and in one: the first of them counts, as in `argmax`."""
+    monkeypatch.setattr("leapasr.model.ctc_head.BLOCK_SIZE", size)
+    generator = torch.Generator().manual_seed(5)
+    logits = torch.randint(-3, 3, (3, 50, VOCAB_SIZE), generator=generator).double()
+    spoken = torch.rand(3, 50, generator=generator) < 0.3
+
+    def blocks(some, width):
+        return reversed(list(zip(range(0, VOCAB_SIZE, width), some.split(width, -1), strict=True)))
+
+    with torch.no_grad():
+        ctc = CTCScores(logits, blocks)
+        assert torch.equal(ctc.best_BT, logits.argmax(-1))
+        expected = logits.softmax(-1).gather(-1, logits.argmax(-1)[..., None])[..., 0][spoken]
+        torch.testing.assert_close(ctc.probabilities(spoken), expected)
+        assert ctc.probabilities(torch.zeros_like(spoken)).shape == (0,)
+
+
+def test_gradients_reach_the_head_through_all_logits():
+    config = tiny_config()
+    head = shared_ctc_head(config)
+    frames = torch.randn(2, 9, config.adapter_size)
+    unembedding = torch.randn(VOCAB_SIZE, config.decoder_config.hidden_size)
+    ctc = CTCScores(frames, lambda some, size: head.blocks(some, unembedding, size))
+    assert torch.equal(ctc.best_BT, head(frames, unembedding).argmax(-1))
+    assert ctc.logits_BTV is ctc.logits_BTV
+    ctc.logits_BTV.pow(2).mean().backward()
+    assert all(parameter.grad.abs().sum() > 0 for parameter in head.parameters())

@@ -3,6 +3,8 @@
 Shapes: B rows, L positions, W step width, D width.
 """
 
+import math
+
 import pytest
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -141,3 +143,22 @@ def test_slots_in_sight_are_a_multiple_and_kept_in_a_dtype(multiple):
             assert torch.equal(values[row, :, positions_BW[row]], (states[row] + 1).bfloat16())
         assert (mask_B1WS == 0).sum(-1).flatten().tolist() == (positions_BW + 1).flatten().tolist()
         cache.commit(commit)
+
+
+@pytest.mark.parametrize("few_rows", [0, 8])
+def test_slots_hold_what_was_written_last_and_zeros(few_rows, monkeypatch):
+    """Rows are written one by one, or all at once; room that a cache grows by is never what lay in memory there."""
+    monkeypatch.setattr("leapasr.decoding.cache.FEW_ROWS", few_rows)
+    monkeypatch.setattr("leapasr.decoding.cache.LEAST_ROOM", 3)
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda tensor, *size: tensor.new_full(size, math.nan))
+    generator = torch.Generator().manual_seed(0)
+    cache, expected = RaggedCache(3), torch.zeros(2, 3, 2, 99, 4)
+    for width, committed in ((5, [5, 2, 4]), (7, [0, 7, 3]), (1, [1, 1, 1]), (4, [4, 2, 4]), (20, [20, 20, 20])):
+        cache.plan(width, torch.float32)
+        states = torch.randn(2, 3, 2, width, 4, generator=generator)
+        for row, start in enumerate(cache.lengths):
+            expected[:, row, :, start : start + width] = states[:, row]
+        cache.update(*states, 0)
+        found = torch.stack([cache.layers[0].keys, cache.layers[0].values])
+        assert torch.equal(found, expected[:, :, :, : found.shape[3]])
+        cache.commit(committed)

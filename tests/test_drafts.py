@@ -11,6 +11,7 @@ from leapasr.decoding.options import DecodingOptions
 from leapasr.decoding.rejoin import LEFT_OUT, Rejoining
 from leapasr.decoding.rewriting import Verdict
 from leapasr.decoding.trace import DraftToken
+from leapasr.model.ctc_head import CTCScores
 from leapasr.model.processing import spelling
 from leapasr.transcriber import load
 
@@ -326,8 +327,9 @@ def test_heads_draft_is_two_rounds_of_guesses_at_most_and_ends_with_the_text():
 def test_readings_are_greedy_ctc_with_its_peaks():
     torch.manual_seed(0)
     logits, lengths = 2 * torch.randn(4, 40, 5), torch.tensor([40, 17, 1, 0])
-    readings = read_ctc(logits, lengths, blank=0)
-    assert [reading.tokens for reading in readings] == greedy_ctc(logits, lengths, blank=0)
+    ctc = CTCScores.of(logits)
+    readings = read_ctc(ctc, lengths, blank=0)
+    assert [reading.tokens for reading in readings] == greedy_ctc(ctc, lengths, blank=0)
     probabilities = logits.softmax(-1)
     for row, (reading, length) in enumerate(zip(readings, lengths.tolist(), strict=True)):
         best = logits[row, :length].argmax(-1).tolist()

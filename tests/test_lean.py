@@ -236,6 +236,23 @@ def test_turns_from_tables(rope):
 
 
 @rounds
+@pytest.mark.parametrize(("factor", "is_turning"), [(1e9, False), (1e6, True), (4.0, True)])
+def test_positions_that_turn_nothing_are_left_out(factor, is_turning):
+    """Of a LLaMA that was a Whisper: its positions are learnt, and what turns is made as good as still."""
+    rope = {"rope_type": "linear", "factor": factor, "rope_theta": 100.0}
+    body = build_llama(rope_parameters=rope, hidden_size=64, max_position_embeddings=2000).model
+    lean = LeanLayers(body, None, Packer(rounded=True))
+    assert lean._is_turning == is_turning
+    assert LeanLayers(body, None)._is_turning
+    embeddings_BWD = torch.randn(2, 12, 64)
+    positions_BW = 160 * torch.arange(12).expand(2, 12)
+    mask_B1WS = torch.zeros(1, 1, 12, 12).masked_fill(torch.ones(12, 12, dtype=torch.bool).triu(1), -1e30)
+    found = lean(embeddings_BWD, positions_BW, mask_B1WS, None, drafting=False)
+    expected = body(inputs_embeds=embeddings_BWD, position_ids=positions_BW, attention_mask=mask_B1WS).last_hidden_state
+    assert (found - expected).norm() < 0.03 * expected.norm()
+
+
+@rounds
 @pytest.mark.parametrize("kind", ["right", "random", "mixed"])
 def test_rounded_verification_writes_what_rounded_autoregressive_decoding_writes(build_tiny_model, kind):
     decoder, prompts = build_rounding(build_tiny_model), make_prompts(12, dtype=torch.float32)
@@ -312,3 +329,15 @@ def test_argmax_is_the_first_of_the_likeliest(dtype):
     assert torch.equal(argmax(logits.transpose(0, 1)), logits.transpose(0, 1).argmax(-1))
     assert argmax(logits[:0]).shape == (0, 30)
     assert argmax(logits).dtype == torch.int64
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_argmax_above_what_is_known(dtype):
+    """Where nothing is larger the answer does not matter; where something is it must be right."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(4, 200, 30, generator=generator).to(dtype) - 1.5
+    above = torch.randn(4, 200, generator=generator).to(dtype)
+    is_larger = logits.amax(-1) > above
+    assert 100 < is_larger.sum() < 700
+    assert (is_larger & (logits.amax(-1) < 0)).any()
+    assert torch.equal(argmax(logits, above=above)[is_larger], logits.argmax(-1)[is_larger])

@@ -1,6 +1,8 @@
 """The model that ships: that it hears, and that the contracts hold on trained weights as on random ones (float32)."""
 
 import importlib.resources
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -55,7 +57,7 @@ def test_mixed_keeps_the_decoder_and_what_it_promises(transcriber, mixed):
     assert (mixed.dtype, transcriber.dtype) == ("mixed", "float32")
     assert {parameter.dtype for parameter in mixed.model.encoder.parameters()} == {torch.bfloat16}
     memory, exact = encoded.prompts.memory_BMD, transcriber.encode(mixed.cut(recordings)).prompts.memory_BMD
-    assert (memory.dtype, encoded.ctc_logits_BTV.dtype) == (torch.float32, torch.bfloat16)
+    assert (memory.dtype, encoded.ctc.frames_BTD.dtype) == (torch.bfloat16, torch.bfloat16)
     size = mixed.decoder.lm_head.in_features  # behind that lies what CTC reads, of which one token may be another
     assert not torch.equal(memory, exact)
     difference = (memory - exact)[..., :size].norm() / exact[..., :size].norm()
@@ -160,3 +162,11 @@ def test_saved_and_loaded_it_writes_the_same(transcriber, batch, tmp_path):
     other = load(str(tmp_path))
     wanted = transcriber.decode(transcriber.encode([chunk]), VERIFY).results[0].tokens
     assert other.decode(other.encode([chunk]), VERIFY).results[0].tokens == wanted
+
+
+def test_loading_is_quiet():
+    """Whoever loads the model from Python is told of no troubles that are none."""
+    code = "import leapasr; print(leapasr.load().language)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "en\n"
+    assert "[transformers]" not in done.stderr

@@ -160,7 +160,7 @@ def test_the_loss_of_mwer_is_of_all_its_parts(tmp_path, manifest, processor):
     found = hypothesize(model, processor, encoding, batch, nbest=2, with_reference=True)
     logits, risk, _ = read_lists(model, encoding, found, batch.text_ids, batch.text_lengths, calls_weight=0.2)
     ctc = trainer_module.ctc_loss(
-        encoding.ctc_logits_BTV, encoding.ctc_lengths_B, batch.text_ids, batch.text_lengths,
+        encoding.ctc.logits_BTV, encoding.ctc_lengths_B, batch.text_ids, batch.text_lengths,
         blank=model.config.blank_token_id,
     )  # fmt: skip
     ce, *_ = trainer_module.mtp_loss(logits, batch.text_ids, batch.text_lengths, weights=stage.weights(4), **end)

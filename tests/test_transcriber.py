@@ -24,6 +24,7 @@ from leapasr.chunks import SHORTEST_SECONDS, by_length, clipped, cut_pieces, cut
 from leapasr.decoding import DecodingOptions, decode
 from leapasr.decoding.ctc import align_ctc, greedy_ctc
 from leapasr.decoding.guards import MAX_TOKENS_AT_LEAST, MAX_TOKENS_PER_SECOND
+from leapasr.model.ctc_head import CTCScores
 from leapasr.transcriber import load
 from leapasr.transcription import LATENESS_SECONDS, TAIL_SECONDS, timed_words, token_times
 
@@ -42,8 +43,9 @@ def transcriber(tiny_model_folder):
 def test_greedy_ctc_merges_repetitions_and_stops_at_lengths():
     frames = torch.tensor([[3, 3, 0, 3, 2, 2, 0], [0, 1, 1, 2, 0, 4, 4], [5, 5, 5, 5, 5, 5, 5]])
     logits = torch.nn.functional.one_hot(frames, 6).float()
-    assert greedy_ctc(logits, torch.tensor([7, 4, 0]), blank=0) == [[3, 3, 2], [1, 2], []]
-    assert greedy_ctc(logits, torch.tensor([7, 7, 7]), blank=5) == [[3, 0, 3, 2, 0], [0, 1, 2, 0, 4], []]
+    ctc = CTCScores.of(logits)
+    assert greedy_ctc(ctc, torch.tensor([7, 4, 0]), blank=0) == [[3, 3, 2], [1, 2], []]
+    assert greedy_ctc(ctc, torch.tensor([7, 7, 7]), blank=5) == [[3, 0, 3, 2, 0], [0, 1, 2, 0, 4], []]
 
 
 def best_alignment(log_probs_TV, tokens, blank):
@@ -299,7 +301,7 @@ def test_chunks_without_speech_have_no_segment(transcriber, monkeypatch):
         with torch.inference_mode():
             for row, chunk in enumerate(chunks):
                 if chunk.start < 1:
-                    batch.ctc_logits_BTV[row, :, blank] = 1e4
+                    batch.ctc.best_BT[row] = blank
         return batch
 
     monkeypatch.setattr(transcriber, "encode", deaf)
@@ -352,7 +354,7 @@ def test_tokens_are_those_of_decode_on_the_models_own_calls(transcriber):
     options = DecodingOptions(max_tokens=20)
     assert transcriber.transcribe(samples, options).tokens == decode(transcriber.decoder, prompts, options)[0].tokens
     blank = model.config.blank_token_id
-    (ctc,) = greedy_ctc(encoding.ctc_logits_BTV, encoding.ctc_lengths_B, blank=blank)
+    (ctc,) = greedy_ctc(encoding.ctc, encoding.ctc_lengths_B, blank=blank)
     assert transcriber.ctc_text(samples) == transcriber.processor.decode_text(ctc) != ""
 
 

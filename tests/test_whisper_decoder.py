@@ -288,8 +288,7 @@ def test_without_ctc_the_decoder_is_given_the_same(built):
     model, _ = built
     audio, lengths = features(3, seed=4)
     wanted, found = model.encode(audio, lengths), model.encode(audio, lengths, with_ctc=False)
-    size = 0 if model.draft_layers is None else model.config.vocab_size  # draft layers remember what CTC reads
-    assert found.ctc_logits_BTV.shape == (*wanted.ctc_logits_BTV.shape[:2], size)
+    assert (found.ctc is None) == (model.draft_layers is None)  # draft layers remember what CTC reads
     for name in ("ctc_lengths_B", "embeddings_BLD", "lengths_B", "positions_BL"):
         assert torch.equal(getattr(found, name), getattr(wanted, name)), name
 
@@ -303,7 +302,7 @@ def test_what_ctc_reads_reaches_the_draft_layers_alone(built):
     nn.init.normal_(model.adapter.projection.weight)
     nn.init.normal_(model.speech_projection.ctc_projection.weight)
     after = model(audio, lengths, text)
-    assert not torch.allclose(before.encoding.ctc_logits_BTV, after.encoding.ctc_logits_BTV)
+    assert not torch.allclose(before.encoding.ctc.logits_BTV, after.encoding.ctc.logits_BTV)
     reaches = [not torch.equal(one, other) for one, other in zip(before.head_logits, after.head_logits, strict=True)]
     assert reaches == [False] + [model.draft_layers is not None] * 3
 
@@ -315,7 +314,7 @@ def test_training_leaves_the_mark_to_frames(built):
     model.keep_reserved()
     audio, lengths = features(2)
     output = model(audio, lengths, torch.randint(KEPT, (2, 5)))
-    (sum(logits.pow(2).mean() for logits in output.head_logits) + output.encoding.ctc_logits_BTV.mean()).backward()
+    (sum(logits.pow(2).mean() for logits in output.head_logits) + output.encoding.ctc.logits_BTV.mean()).backward()
     (mark,) = model.config.reserved
     written = [
         model.text_positions.weight.grad.T, model.soft_prompt.weight.grad.T, model.get_input_embeddings().weight.grad.T,

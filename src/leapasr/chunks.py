@@ -20,7 +20,7 @@ from leapasr.audio import (
 )
 
 SHORTEST_SECONDS = 0.1  # nothing can be said in less
-WINDOW_SECONDS = 1800.0  # audio held in memory at once: 115 MB
+WINDOW_SECONDS = 900.0  # audio held in memory at once: 58 MB
 
 Key = TypeVar("Key")
 Clip = tuple[float, float]  # start and end in seconds of a recording

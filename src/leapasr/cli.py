@@ -230,7 +230,7 @@ def transcribe(
     explain: Annotated[
         bool, typer.Option("--explain", help="Show which source each token is of, and where decoder calls lie.")
     ] = False,
-    batch_size: BatchSize = 4,
+    batch_size: BatchSize = 8,
     device: Device = None,
     dtype: Dtype = "float32",
 ) -> None:

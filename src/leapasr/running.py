@@ -1,6 +1,6 @@
 """RunningBatch: chunks that are decoded together, and that come and go while they are. What they take is timed.
 
-Shapes: B rows, T CTC frames, V vocabulary.
+Shapes: B rows, T CTC frames.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor
 from leapasr.chunks import Chunk
 from leapasr.decoding import DecodingLoop, DecodingOptions, DecodingResult, Prompts
 from leapasr.decoding.drafts import Drafter
+from leapasr.model.ctc_head import CTCScores
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,14 +28,14 @@ class EncodedBatch:
         chunks: B chunks.
         prompts: the decoder's prompts.
         max_tokens: each row's token bound.
-        ctc_logits_BTV, ctc_lengths_B: CTC logits (B, T, V), `model.ctc_frame_rate` frames a second, and lengths (B,).
+        ctc, ctc_lengths_B: what CTC says of (B, T) frames, `model.ctc_frame_rate` a second, and lengths (B,).
         seconds: time that features and encoder took.
     """
 
     chunks: Sequence[Chunk]
     prompts: Prompts
     max_tokens: list[int]
-    ctc_logits_BTV: Tensor
+    ctc: CTCScores
     ctc_lengths_B: Tensor
     seconds: float
 

@@ -35,7 +35,7 @@ from leapasr.decoding.guards import MAX_TOKENS_AT_LEAST, MAX_TOKENS_PER_SECOND, 
 from leapasr.decoding.interface import Decoder, Ways
 from leapasr.decoding.rejoin import Spelling
 from leapasr.decoding.rules import Rules
-from leapasr.model.argmax import argmax
+from leapasr.memory import release_freed
 from leapasr.model.checkpoints import CheckpointError
 from leapasr.model.encoders import FEATURE_RATE
 from leapasr.model.information import ModelInformation, describe
@@ -250,7 +250,7 @@ class Transcriber:
         sources: Iterable[Audio],
         options: DecodingOptions = DEFAULT_OPTIONS,
         *,
-        batch_size: int = 4,
+        batch_size: int = 8,
         word_times: bool = False,
         clips: Sequence[Clip] = WHOLE,
         language: str | None = None,
@@ -259,7 +259,7 @@ class Transcriber:
     ) -> Iterator[tuple[int, Transcription | AudioError]]:
         """Transcribe any number of recordings: yields the index of each, with its transcription or what is wrong.
 
-        About half an hour of audio is read and transcribed at a time, of however many recordings.
+        About a quarter of an hour of audio is read and transcribed at a time, of however many recordings.
 
         Args:
             sources: on a CPU, threads that share the work take from it, one at a time.
@@ -308,7 +308,7 @@ class Transcriber:
         def batches() -> Iterator[Sequence[Chunk[int]]]:
             while span := ahead.pop():
                 batches_of_span = by_length([chunk for chunk, _ in span], share)
-                del span  # or half an hour of samples would be here while the next one is read
+                del span  # or its samples would be here while the next one is read
                 yield from batches_of_span
                 del batches_of_span
                 ahead.append(next(spans, []))
@@ -412,9 +412,13 @@ class Transcriber:
     ) -> Iterator[_Done]:
         """Encode and decode batches of `share` chunks, by so many threads: each chunk as it is done."""
 
+        def encoded(batches: Iterator[Sequence[Chunk]]) -> Iterator[EncodedBatch]:
+            for chunks in batches:
+                yield self.encode(chunks)
+                release_freed()
+
         def work(batches: Iterator[Sequence[Chunk]]) -> Iterator[_Done]:
-            encoded = (self.encode(chunks) for chunks in batches)
-            for done in self.decode_each(encoded, options, num_left=share // 2):
+            for done in self.decode_each(encoded(batches), options, num_left=share // 2):
                 is_kept = not vad_filter or self.hears_speech(done)
                 segment = self.segment(done, word_times=word_times) if is_kept else None
                 yield _Done(done.chunk, segment, done.encoder_seconds / number, done.seconds / number)
@@ -423,8 +427,7 @@ class Transcriber:
 
     def hears_speech(self, done: DecodedChunk) -> bool:
         """Whether the CTC head hears a token in a chunk; said of every chunk that is too short to tell."""
-        logits_BTV, lengths_B = done.batch.ctc_logits_BTV, done.batch.ctc_lengths_B
-        best_T = argmax(logits_BTV[done.row, : int(lengths_B[done.row])])
+        best_T = done.batch.ctc.best_BT[done.row, : int(done.batch.ctc_lengths_B[done.row])]
         return done.chunk.seconds < MIN_FILTERED_SECONDS or bool((best_T != self.model.config.blank_token_id).any())
 
     def segment(self, done: DecodedChunk, *, word_times: bool = False) -> Segment:
@@ -444,13 +447,14 @@ class Transcriber:
             token_times=times,
         )
 
+    @torch.inference_mode()
     def token_times(self, done: DecodedChunk, tokens: list[int]) -> list[tuple[float, float]]:
         """Where each of `tokens`, the text of a chunk, begins and ends in its recording, by the CTC head."""
         chunk, batch = done.chunk, done.batch
         num_frames = int(batch.ctc_lengths_B[done.row])
         return token_times(
             tokens,
-            batch.ctc_logits_BTV[done.row, :num_frames].float().log_softmax(-1),
+            batch.ctc.logits(batch.ctc.frames_BTD[done.row, :num_frames]).float().log_softmax(-1),
             frame_rate=self.model.ctc_frame_rate,
             blank=self.model.config.blank_token_id,
             start=chunk.start,
@@ -473,11 +477,12 @@ class Transcriber:
             features, lengths_B = self.processor.pad([self.processor.features(chunk.samples) for chunk in chunks])
             encoding = model.encode(features.to(model.device), lengths_B.to(model.device))
             prompts = Prompts(*model.prompt(encoding))
+        assert encoding.ctc is not None
         return EncodedBatch(
             chunks=chunks,
             prompts=prompts,
             max_tokens=[token_bound(length / model.ctc_frame_rate) for length in encoding.ctc_lengths_B.tolist()],
-            ctc_logits_BTV=encoding.ctc_logits_BTV,
+            ctc=encoding.ctc,
             ctc_lengths_B=encoding.ctc_lengths_B,
             seconds=timer.seconds,
         )
@@ -538,11 +543,11 @@ class Transcriber:
 
     def read_ctc(self, batch: EncodedBatch) -> list[Reading]:
         """What the CTC head reads in each chunk."""
-        return read_ctc(batch.ctc_logits_BTV, batch.ctc_lengths_B, blank=self.model.config.blank_token_id)
+        return read_ctc(batch.ctc, batch.ctc_lengths_B, blank=self.model.config.blank_token_id)
 
     def greedy_ctc(self, batch: EncodedBatch) -> list[list[int]]:
         """The tokens of `read_ctc`, without the work of telling how sure they are."""
-        return greedy_ctc(batch.ctc_logits_BTV, batch.ctc_lengths_B, blank=self.model.config.blank_token_id)
+        return greedy_ctc(batch.ctc, batch.ctc_lengths_B, blank=self.model.config.blank_token_id)
 
     def decode_ctc(self, batch: EncodedBatch) -> DecodedBatch:
         """What the CTC head alone says, greedily, without one decoder call and without a trace."""

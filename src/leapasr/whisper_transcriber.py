@@ -27,6 +27,7 @@ from leapasr.decoding.drafts import Drafter, MTPDrafter, Reading
 from leapasr.decoding.rules import Timestamps, WhisperRules
 from leapasr.decoding.whisper import WhisperTextDecoder
 from leapasr.model.checkpoints import CheckpointError
+from leapasr.model.ctc_head import CTCScores
 from leapasr.model.encoders import FEATURE_RATE
 from leapasr.model.fitted_heads import FittedHeads, rows_of_pieces, shipped_heads
 from leapasr.model.information import ModelInformation, describe_whisper
@@ -246,15 +247,15 @@ class WhisperTranscriber(Transcriber):
         lengths_B = torch.tensor([-(-len(chunk.samples) // SAMPLES_PER_FRAME) for chunk in chunks])
         lengths_B = lengths_B.clamp(max=frames_BTD.shape[1]).to(frames_BTD.device)
         if self.heads is None:
-            logits_BTP, ctc_lengths_B = frames_BTD.new_zeros(len(chunks), 0, 1), torch.zeros_like(lengths_B)
+            ctc, ctc_lengths_B = CTCScores.of(frames_BTD.new_zeros(len(chunks), 0, 1)), torch.zeros_like(lengths_B)
         else:
             heard_BTD = frames_BTD[:, : int(lengths_B.max())]
-            logits_BTP, ctc_lengths_B = self.heads.ctc_logits(heard_BTD, lengths_B, self._unembedding_PD)
+            ctc, ctc_lengths_B = self.heads.ctc_scores(heard_BTD, lengths_B, self._unembedding_PD)
         return EncodedBatch(
             chunks=chunks,
             prompts=self._prompts(begin, frames_BTD),
             max_tokens=[self.decoder.max_positions] * len(chunks),
-            ctc_logits_BTV=logits_BTP,
+            ctc=ctc,
             ctc_lengths_B=ctc_lengths_B,
             seconds=0.0,
         )
@@ -273,27 +274,29 @@ class WhisperTranscriber(Transcriber):
     def read_ctc(self, batch: EncodedBatch) -> list[Reading]:
         if self.heads is None:
             return [Reading([], []) for _ in batch.chunks]
-        readings = read_ctc(batch.ctc_logits_BTV, batch.ctc_lengths_B, blank=BLANK)
+        readings = read_ctc(batch.ctc, batch.ctc_lengths_B, blank=BLANK)
         return [Reading(*self._pieces.join(reading.tokens, reading.probabilities)) for reading in readings]
 
     def greedy_ctc(self, batch: EncodedBatch) -> list[list[int]]:
         if self.heads is None:
             return [[] for _ in batch.chunks]
-        rows = greedy_ctc(batch.ctc_logits_BTV, batch.ctc_lengths_B, blank=BLANK)
+        rows = greedy_ctc(batch.ctc, batch.ctc_lengths_B, blank=BLANK)
         return [self._pieces.join(row, [1.0] * len(row))[0] for row in rows]
 
     def hears_speech(self, done: DecodedChunk) -> bool:
         """True: what the model writes stays, whatever the CTC head hears."""
         return True
 
+    @torch.inference_mode()
     def token_times(self, done: DecodedChunk, tokens: list[int]) -> list[tuple[float, float]]:
         if self.heads is None:
             return []
         chunk, batch = done.chunk, done.batch
+        num_frames = int(batch.ctc_lengths_B[done.row])
         parts = [self._pieces.split(token) for token in tokens]
         times = token_times(
             [place for part in parts for place in part],
-            batch.ctc_logits_BTV[done.row, : int(batch.ctc_lengths_B[done.row])].float().log_softmax(-1),
+            batch.ctc.logits(batch.ctc.frames_BTD[done.row, :num_frames]).float().log_softmax(-1),
             frame_rate=SAMPLE_RATE / SAMPLES_PER_FRAME / self.heads.config.encoder_stacking,
             blank=BLANK,
             start=chunk.start,
@@ -313,7 +316,7 @@ class WhisperTranscriber(Transcriber):
         sources: Iterable[Audio],
         options: DecodingOptions = DEFAULT_OPTIONS,
         *,
-        batch_size: int = 4,
+        batch_size: int = 8,
         word_times: bool = False,
         clips: Sequence[Clip] = WHOLE,
         language: str | None = None,

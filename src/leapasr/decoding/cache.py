@@ -15,10 +15,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 LEAST_ROOM = 64  # slots that a cache grows by
+FEW_ROWS = 8  # that a CPU writes faster one by one
 
 
 @dataclass(slots=True)
@@ -27,12 +28,12 @@ class _Write:
 
     Attributes:
         positions_BW: slot of each input.
-        start: the first slot, if it is the same for all rows, else None.
+        starts: the first slot of each row.
         end: slots in sight, at least up to the furthest slot written.
     """
 
     positions_BW: Tensor = field(default_factory=lambda: torch.empty(0, 0))
-    start: int | None = None
+    starts: Sequence[int] = ()
     end: int = 0
 
 
@@ -51,24 +52,30 @@ class RaggedLayer(CacheLayerMixin):
         self.keys, self.values = key_states[:, :, :0].to(dtype), value_states[:, :, :0].to(dtype)
         self.is_initialized = True
 
-    def reserve(self, num_slots: int) -> None:
-        """Make room for `num_slots` slots; new ones are zero, since 0 · NaN would pass through a mask."""
-        missing = num_slots - self.keys.shape[2]
-        if missing > 0:
-            self.keys = nn.functional.pad(self.keys, (0, 0, 0, missing))
-            self.values = nn.functional.pad(self.values, (0, 0, 0, missing))
+    def reserve(self, num_slots: int, num_written: int = 0) -> None:
+        """Make room for `num_slots` slots; new ones are zero, since 0 · NaN would pass through a mask.
+
+        But not the first `num_written`, into which the caller writes.
+        """
+        if num_slots > self.keys.shape[2]:
+            self.keys = _grown(self.keys, num_slots, num_written)
+            self.values = _grown(self.values, num_slots, num_written)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         """Write (B, H, W, D) keys and values at the planned positions; returns all slots in sight (B, H, S', D)."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        positions_BW, start, end = self.write.positions_BW, self.write.start, self.write.end
+        positions_BW, starts, end = self.write.positions_BW, self.write.starts, self.write.end
+        width = key_states.shape[2]
         if end > self.keys.shape[2]:
-            self.reserve(end + max(end // 8, LEAST_ROOM))
-        if start is not None:
-            stop = start + key_states.shape[2]
-            self.keys[:, :, start:stop] = key_states
-            self.values[:, :, start:stop] = value_states
+            self.reserve(end + max(end // 8, LEAST_ROOM), min(starts) + width)
+        if min(starts) == max(starts):
+            self.keys[:, :, starts[0] : starts[0] + width] = key_states
+            self.values[:, :, starts[0] : starts[0] + width] = value_states
+        elif len(starts) <= FEW_ROWS and self.keys.device.type == "cpu":
+            for row, start in enumerate(starts):
+                self.keys[row, :, start : start + width] = key_states[row]
+                self.values[row, :, start : start + width] = value_states[row]
         else:
             rows_B1 = torch.arange(len(positions_BW), device=positions_BW.device)[:, None]
             self.keys[rows_B1, :, positions_BW] = key_states.transpose(1, 2).to(self.keys.dtype)
@@ -129,10 +136,8 @@ class RaggedCache(Cache):
         """
         lengths_B1 = torch.tensor(self.lengths, device=self.device)[:, None]
         positions_BW = lengths_B1 + torch.arange(width, device=self.device)
-        shortest, longest = min(self.lengths), max(self.lengths)
-        self._write.positions_BW = positions_BW
-        self._write.start = longest if shortest == longest else None
-        self._write.end = -(-(longest + width) // self._multiple) * self._multiple
+        self._write.positions_BW, self._write.starts = positions_BW, self.lengths
+        self._write.end = -(-(max(self.lengths) + width) // self._multiple) * self._multiple
         hidden_BWS = torch.arange(self._write.end, device=self.device) > positions_BW[..., None]
         mask_BWS = torch.zeros(hidden_BWS.shape, dtype=dtype, device=self.device)
         return positions_BW, mask_BWS.masked_fill_(hidden_BWS, torch.finfo(dtype).min)[:, None]
@@ -171,6 +176,14 @@ class RaggedCache(Cache):
         self.lengths += other.lengths
         self.memory += other.memory
         other.lengths, other.memory = [], []
+
+
+def _grown(states_BHSD: Tensor, num_slots: int, num_written: int) -> Tensor:
+    B, H, S, D = states_BHSD.shape
+    grown = states_BHSD.new_empty(B, H, num_slots, D)
+    grown[:, :, :S] = states_BHSD
+    grown[:, :, max(S, num_written) :] = 0
+    return grown
 
 
 def _joined(first_BHSD: Tensor, second_BHSD: Tensor) -> Tensor:

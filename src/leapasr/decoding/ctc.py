@@ -13,38 +13,39 @@ from torch import Tensor
 
 from leapasr.decoding.drafts import Reading
 from leapasr.model.adapter import begins
-from leapasr.model.argmax import argmax
+from leapasr.model.ctc_head import CTCScores
 from leapasr.model.encoders import padding_mask
 
 
-def greedy_ctc(logits_BTV: Tensor, lengths_B: Tensor, *, blank: int) -> list[list[int]]:
+@torch.inference_mode()
+def greedy_ctc(ctc: CTCScores, lengths_B: Tensor, *, blank: int) -> list[list[int]]:
     """The likeliest token of every frame, repetitions merged and blanks left out: ids of each row.
 
     Args:
-        logits_BTV: CTC logits (B, T, V).
+        ctc: of frames (B, T).
         lengths_B: valid frames int64 (B,); what lies behind is not read.
         blank: id of the blank.
     """
-    best_BT = argmax(logits_BTV)
-    keep_BT = begins(best_BT, blank)
+    keep_BT = begins(ctc.best_BT, blank)
     return [
         row[:length][keep[:length]].tolist()
-        for row, keep, length in zip(best_BT, keep_BT, lengths_B.tolist(), strict=True)
+        for row, keep, length in zip(ctc.best_BT, keep_BT, lengths_B.tolist(), strict=True)
     ]
 
 
-def read_ctc(logits_BTV: Tensor, lengths_B: Tensor, *, blank: int) -> list[Reading]:
+@torch.inference_mode()
+def read_ctc(ctc: CTCScores, lengths_B: Tensor, *, blank: int) -> list[Reading]:
     """What `greedy_ctc` reads, with the probability of each token where it is surest; arguments as there."""
-    best_BT = argmax(logits_BTV)
-    valid_BT = padding_mask(lengths_B, best_BT.shape[1])
-    begins_BT, spoken_BT = begins(best_BT, blank) & valid_BT, (best_BT != blank) & valid_BT
+    valid_BT = padding_mask(lengths_B, ctc.best_BT.shape[1])
+    begins_BT, spoken_BT = begins(ctc.best_BT, blank) & valid_BT, (ctc.best_BT != blank) & valid_BT
+    probabilities_N = ctc.probabilities(spoken_BT)  # of a few of all frames: most are blank
     readings = []
-    for logits_TV, best, begin, spoken in zip(logits_BTV, best_BT, begins_BT, spoken_BT, strict=True):
-        scores_NV = logits_TV[spoken].float()  # a few of all frames: most are blank
-        probabilities_N = (scores_NV.gather(-1, best[spoken][:, None])[:, 0] - scores_NV.logsumexp(-1)).exp()
-        tokens = best[begin]
-        surest = probabilities_N.new_zeros(len(tokens))
-        surest.scatter_reduce_(0, begin.cumsum(0)[spoken] - 1, probabilities_N, "amax")
+    num_spoken = spoken_BT.sum(1).tolist()
+    rows = zip(ctc.best_BT, begins_BT, spoken_BT, probabilities_N.split(num_spoken), strict=True)
+    for best_T, begin_T, spoken_T, probabilities in rows:
+        tokens = best_T[begin_T]
+        surest = probabilities.new_zeros(len(tokens))
+        surest.scatter_reduce_(0, begin_T.cumsum(0)[spoken_T] - 1, probabilities, "amax")
         readings.append(Reading(tokens.tolist(), surest.tolist()))
     return readings
 

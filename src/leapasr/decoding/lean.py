@@ -10,6 +10,7 @@ Shapes: B rows, W inputs, S slots of the cache, D width.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from leapasr.model.draft_layers import DraftLayers, NoFeedForward
 LEAST_INPUTS, MOST_INPUTS = 4, 32  # of an attention that is to be steady
 STEADY_SLOTS = 16  # slots that it sees are a multiple of these
 STEADY_TURNS = ("default", "linear", "llama3", "yarn")  # transformers' kinds of rotary positions
+LEAST_TURN = 2.0**-16  # radians; by less, a number that is rounded to bfloat16 is not turned
 TABLE_SIZE = 1024  # positions whose turns are computed at a time
 
 
@@ -40,6 +42,7 @@ class LeanLayers:
         self._steady = packer.rounded
         self._tables: tuple[Tensor, ...] = (torch.empty(0), torch.empty(0))
         self._rotary: nn.Module = body.rotary_emb
+        self._is_turning = not packer.rounded or _largest_turn(body) >= LEAST_TURN  # not where positions are learnt
         self._layers, self._norm = [_Layer(layer, packer) for layer in body.layers], body.norm
         self._draft_layers: list[_Layer] = []
         if draft_layers is not None:
@@ -61,10 +64,13 @@ class LeanLayers:
         self, embeddings_BWD: Tensor, positions_BW: Tensor, mask_B1WS: Tensor, cache: Cache | None, *, drafting: bool
     ) -> Tensor:
         """Last hidden states (B, W, D) or, with draft layers, (B, W, 2D)."""
-        cos_BWC, sin_BWC = self._turns(embeddings_BWD, positions_BW)
+        turns = None
+        if self._is_turning:
+            cos_BWC, sin_BWC = self._turns(embeddings_BWD, positions_BW)
+            turns = cos_BWC[:, None], _turned(sin_BWC)[:, None]
         if self._steady:
             mask_B1WS = mask_B1WS.clamp(min=torch.finfo(torch.bfloat16).min).bfloat16()
-        rest = cos_BWC[:, None], _turned(sin_BWC)[:, None], mask_B1WS, cache
+        rest = turns, mask_B1WS, cache
         hidden = branch = embeddings_BWD
         for place, layer in enumerate(self._layers):
             hidden = layer(hidden, *rest)
@@ -111,13 +117,16 @@ class _Layer:
             self.activation: Product = layer.mlp.act_fn
         self.attend = _steady_attention if packer.rounded else nn.functional.scaled_dot_product_attention
 
-    def __call__(self, hidden_BWD: Tensor, cos: Tensor, sin: Tensor, mask_B1WS: Tensor, cache: Cache | None) -> Tensor:
+    def __call__(
+        self, hidden_BWD: Tensor, turns: tuple[Tensor, Tensor] | None, mask_B1WS: Tensor, cache: Cache | None
+    ) -> Tensor:
         B, W, _ = hidden_BWD.shape
         q, k, v = (
             part.view(B, W, -1, self.head_width).transpose(1, 2)
             for part in self.qkv(_normed(hidden_BWD, self.attention_norm))
         )
-        q, k = _rotated(q, cos, sin), _rotated(k, cos, sin)
+        if turns is not None:
+            q, k = _rotated(q, *turns), _rotated(k, *turns)
         if cache is not None:
             k, v = cache.update(k, v, self.index)
         attended = self.attend(q, k, v, mask_B1WS, enable_gqa=self.grouped)
@@ -142,6 +151,14 @@ def _steady_attention(q: Tensor, k: Tensor, v: Tensor, mask_B1WS: Tensor, *, ena
         part = nn.functional.scaled_dot_product_attention(some_q, k, v, some_mask, enable_gqa=enable_gqa)
         attended.append(part[:, :, :num])
     return attended[0] if len(attended) == 1 else torch.cat(attended, 2)
+
+
+def _largest_turn(body: Any) -> float:
+    """Radians by which the last position turns, at most; infinite if queries and keys are not only turned."""
+    rotary = body.rotary_emb
+    if rotary.rope_type not in STEADY_TURNS or rotary.attention_scaling != 1:
+        return math.inf
+    return float(rotary.inv_freq.abs().max()) * body.config.max_position_embeddings
 
 
 def _attention_parts(attention: Any) -> tuple[nn.Linear, ...]:

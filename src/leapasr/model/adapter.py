@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from transformers import WhisperConfig
 from transformers.models.whisper.modeling_whisper import WhisperEncoderLayer
 
-from leapasr.model.argmax import argmax
 from leapasr.model.configuration import SpeechLlamaConfig
+from leapasr.model.ctc_head import CTCScores
 from leapasr.model.encoders import attention_bias, padding_mask
 
 LOOKAHEAD_SIZE = 128  # width in which the tokens that CTC reads next are joined
@@ -72,36 +72,6 @@ class Adapter(nn.Module):
         return self.norm(x), lengths_B
 
 
-class SharedCTCHead(nn.Module):
-    """A CTC head that finds tokens through the decoder's unembedding, and the blank by a vector of its own.
-
-    A vocabulary of many thousand tokens is then known from the start: as rows of random weights, most of them would be
-    met too seldom, and CTC would stay on its all-blank plateau.
-
-    Args:
-        adapter_size, hidden_size: widths of adapter frames and of the unembedding.
-        blank_token_id: the row of the unembedding in whose place the blank is.
-    """
-
-    def __init__(self, adapter_size: int, hidden_size: int, *, blank_token_id: int):
-        super().__init__()
-        self.blank_token_id = blank_token_id
-        self.projection = nn.Linear(adapter_size, hidden_size)
-        self.blank = nn.Linear(adapter_size, 1)
-
-    def forward(self, frames_BTD: Tensor, unembedding_VD: Tensor) -> Tensor:
-        """Adapter frames (B, T, adapter_size) to logits (B, T, V)."""
-        logits_BTV = nn.functional.linear(self.projection(frames_BTD), unembedding_VD)
-        logits_BTV[..., self.blank_token_id] = self.blank(frames_BTD)[..., 0]
-        return logits_BTV
-
-    @torch.no_grad()
-    def reset_from(self, norm: nn.Module) -> None:
-        """Take adapter frames for what the decoder's last norm gives, as far as their widths allow."""
-        size = min(self.projection.weight.shape)
-        self.projection.weight[:size, :size] = torch.diag(norm.weight[:size])  # type: ignore[index,arg-type]
-
-
 class SpeechProjection(nn.Module):
     """Adapter frames to speech embeddings in the decoder's width.
 
@@ -139,28 +109,28 @@ class SpeechProjection(nn.Module):
             self.following_projection = nn.Linear(self.lookahead * LOOKAHEAD_SIZE, size, bias=False)
 
     def forward(
-        self, frames_BTD: Tensor, lengths_B: Tensor, ctc_logits_BTV: Tensor, token_embeddings_VD: Tensor
+        self, frames_BTD: Tensor, lengths_B: Tensor, ctc: CTCScores | None, token_embeddings_VD: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Returns speech embeddings (B, L, D), L = ceil(T / stacking), their lengths (B,) and positions (B, L).
 
-        The logits count where the configuration's `decoder_reads_ctc` says so. Where draft layers remember what CTC
+        What CTC says counts where the configuration's `decoder_reads_ctc` says so. Where draft layers remember what CTC
         reads the embeddings are (B, L, 2D): without it, for head 1, and with it.
         """
         stacked, stacked_lengths_B = stack_frames(frames_BTD, lengths_B, self.stacking)
         embeddings = self.projection(stacked)
         ids_BT = lengths_B.new_full(frames_BTD.shape[:2], self.blank)
         if self.config.decoder_reads_ctc:
-            ids_BT = self.best_tokens(ctc_logits_BTV, lengths_B)
-            with_ctc = embeddings + self.read_ctc(ctc_logits_BTV, ids_BT, lengths_B, token_embeddings_VD)
+            assert ctc is not None
+            ids_BT = self.best_tokens(ctc, lengths_B)
+            with_ctc = embeddings + self.read_ctc(ctc, ids_BT, lengths_B, token_embeddings_VD)
             embeddings = torch.cat([embeddings, with_ctc], -1) if self.config.drafts_remember_ctc else with_ctc
         missing = -ids_BT.shape[1] % self.stacking
         ids_BLS = nn.functional.pad(ids_BT, (0, missing), value=self.blank).unflatten(1, (-1, self.stacking))
         return embeddings, stacked_lengths_B, self.positions(ids_BLS, stacked_lengths_B)
 
-    def best_tokens(self, ctc_logits_BTV: Tensor, lengths_B: Tensor) -> Tensor:
+    def best_tokens(self, ctc: CTCScores, lengths_B: Tensor) -> Tensor:
         """CTC's best token of each frame (B, T), blank behind each row's end."""
-        valid_BT = padding_mask(lengths_B, ctc_logits_BTV.shape[1])
-        return argmax(ctc_logits_BTV).masked_fill(~valid_BT, self.blank)
+        return ctc.best_BT.masked_fill(~padding_mask(lengths_B, ctc.best_BT.shape[1]), self.blank)
 
     def positions(self, ids_BLS: Tensor, lengths_B: Tensor) -> Tensor:
         """Positions of the prompt (B, L) in the decoder.
@@ -174,22 +144,21 @@ class SpeechProjection(nn.Module):
         begun_BL = begins(ids_BLS.flatten(1), self.blank).cumsum(1).view(B, L, S)[..., -1]
         return lengths_B[:, None] + (begun_BL - 1).clamp(min=0)
 
-    def read_ctc(
-        self, ctc_logits_BTV: Tensor, ids_BT: Tensor, lengths_B: Tensor, token_embeddings_VD: Tensor
-    ) -> Tensor:
+    def read_ctc(self, ctc: CTCScores, ids_BT: Tensor, lengths_B: Tensor, token_embeddings_VD: Tensor) -> Tensor:
         """What CTC reads in every stacked frame (B, ceil(T / stacking), D), summed over its frames.
 
         Args:
-            ids_BT: `best_tokens` of the logits.
+            ids_BT: `best_tokens` of CTC.
         """
         if self.ctc_projection is None:
-            posterior = torch.softmax(ctc_logits_BTV.detach().float(), -1)
+            posterior = torch.softmax(ctc.logits_BTV.detach().float(), -1)
             posterior[..., self.blank] = 0
-            expected = posterior.to(token_embeddings_VD.dtype) @ token_embeddings_VD
+            read_BTD = posterior.to(token_embeddings_VD.dtype) @ token_embeddings_VD
         else:
-            expected = nn.functional.embedding(ids_BT, token_embeddings_VD)  # small, beside encoder frames
-            expected = nn.functional.rms_norm(expected, expected.shape[-1:])
-        stacked, _ = stack_frames(self.read_tokens(expected, ids_BT), lengths_B, self.stacking)
+            read_BTD = nn.functional.embedding(ids_BT, token_embeddings_VD)  # small, beside encoder frames
+            read_BTD = nn.functional.rms_norm(read_BTD, read_BTD.shape[-1:])
+        read_BTD = read_BTD.to(self.projection.weight.dtype)
+        stacked, _ = stack_frames(self.read_tokens(read_BTD, ids_BT), lengths_B, self.stacking)
         B, T, _ = stacked.shape
         read = stacked.view(B, T, self.stacking, -1).sum(2)
         return read if self.ctc_projection is None else self.ctc_projection(read)
@@ -251,6 +220,7 @@ def neighbouring_readings(
 
 def _gather(values_BTD: Tensor, index_BTO: Tensor, exists_BTO: Tensor) -> Tensor:
     """The values at O places for each frame, joined: (B, T, O · D), zeros where there is no such place."""
-    D = values_BTD.shape[-1]
-    found = values_BTD.gather(1, index_BTO.flatten(1)[..., None].expand(-1, -1, D))
+    B, T, D = values_BTD.shape
+    rows_B1 = T * torch.arange(B, device=index_BTO.device)[:, None]
+    found = nn.functional.embedding(rows_B1 + index_BTO.flatten(1), values_BTD.reshape(B * T, D))
     return (found.view(*index_BTO.shape, D) * exists_BTO[..., None]).flatten(2)

@@ -10,8 +10,8 @@ INFINITY = 0x7F80  # bits of the largest bfloat16 that is a number
 BLOCK = 128  # neighbours of which `top` first takes the best alone
 
 
-def argmax(logits: Tensor) -> Tensor:
-    """`logits.argmax(-1)`, of equal ones the first, int64 (...).
+def argmax(logits: Tensor, *, above: Tensor | None = None) -> Tensor:
+    """`logits.argmax(-1)`, of equal ones the first, int64 (...); any id where none is larger than `above` (...).
 
     On a CPU by NumPy, which is about ten times as fast at it as PyTorch 2.13, and no slower than a decoder call should
     be able to bear: a call asks for dozens of rows of a whole vocabulary.
@@ -26,6 +26,8 @@ def argmax(logits: Tensor) -> Tensor:
     best = bits.argmax(-1)
     largest = np.take_along_axis(bits, best[..., None], -1)[..., 0]
     unsure = torch.from_numpy((largest <= 0) | (largest > INFINITY))
+    if above is not None:  # a positive number is above all of those that are not
+        unsure &= ~((above > 0) & torch.from_numpy(largest <= 0))
     found = torch.from_numpy(best)
     if bool(unsure.any()):
         found[unsure] = torch.from_numpy(values[unsure].float().numpy().argmax(-1))

@@ -16,7 +16,6 @@ from transformers import (
 )
 
 from leapasr.config import ModelPreset
-from leapasr.model.adapter import SharedCTCHead
 from leapasr.model.checkpoints import (
     MULTILINGUAL_VOCABULARY,
     CheckpointError,
@@ -27,6 +26,7 @@ from leapasr.model.checkpoints import (
     whisper_tokenizer,
 )
 from leapasr.model.configuration import SpeechLlamaConfig
+from leapasr.model.ctc_head import SharedCTCHead
 from leapasr.model.low_rank import add_low_rank
 from leapasr.model.processing import SpeechLlamaProcessor
 from leapasr.model.speech_llama import SpeechLlamaForConditionalGeneration

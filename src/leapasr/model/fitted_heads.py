@@ -23,8 +23,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from leapasr.model.adapter import Adapter, SharedCTCHead
+from leapasr.model.adapter import Adapter
 from leapasr.model.checkpoints import CheckpointError
+from leapasr.model.ctc_head import CTCScores, SharedCTCHead
 from leapasr.model.mtp_heads import MTPHeads, new_heads
 from leapasr.model.pieces import BLANK, Pieces
 from leapasr.model.storage import from_int8, replace_files, to_int8
@@ -106,14 +107,14 @@ class FittedHeads(nn.Module):
         self.mtp_heads.reset_from(lm_head)
         self.ctc_head.reset_from(norm)
 
-    def ctc_logits(self, frames_BTD: Tensor, lengths_B: Tensor, unembedding_PD: Tensor) -> tuple[Tensor, Tensor]:
-        """CTC logits (B, ceil(T / stacking), P) and their lengths (B,) from the encoder's frames.
+    def ctc_scores(self, frames_BTD: Tensor, lengths_B: Tensor, unembedding_PD: Tensor) -> tuple[CTCScores, Tensor]:
+        """What CTC says of (B, ceil(T / stacking)) frames, and their lengths (B,), from the encoder's frames.
 
         Args:
             unembedding_PD: as `rows_of_pieces` gives it.
         """
         frames, lengths_B = self.adapter(frames_BTD, lengths_B)
-        return self.ctc_head(frames, unembedding_PD), lengths_B
+        return CTCScores(frames, lambda some, size: self.ctc_head.blocks(some, unembedding_PD, size)), lengths_B
 
     def check(self, base_weights: str, *, name: str) -> None:
         """Raises CheckpointError unless these heads were fitted to the model `name`, whose fingerprint is given."""

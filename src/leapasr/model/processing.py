@@ -24,10 +24,6 @@ def spelling(tokenizer: PreTrainedTokenizerBase) -> Callable[[int], Sequence[int
 class SpeechLlamaProcessor(ProcessorMixin):
     """A transformers feature extractor (Whisper's or Parakeet's log-mel) and a fast tokenizer."""
 
-    attributes = ["feature_extractor", "tokenizer"]
-    feature_extractor_class = "AutoFeatureExtractor"
-    tokenizer_class = "AutoTokenizer"
-
     def __init__(self, feature_extractor, tokenizer, **kwargs):
         super().__init__(feature_extractor, tokenizer, **kwargs)
 

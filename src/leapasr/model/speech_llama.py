@@ -24,15 +24,17 @@ from transformers import AutoModelForCausalLM, Cache, DynamicCache, PreTrainedMo
 from transformers.utils import cached_file
 
 from leapasr.model import storage
-from leapasr.model.adapter import Adapter, SharedCTCHead, SpeechProjection, stack_frames
+from leapasr.model.adapter import Adapter, SpeechProjection, stack_frames
 from leapasr.model.checkpoints import CheckpointError
 from leapasr.model.configuration import SpeechLlamaConfig
+from leapasr.model.ctc_head import Blocks, CTCScores, SharedCTCHead
 from leapasr.model.draft_layers import build_draft_layers, leave_out_feed_forward, read_hidden
 from leapasr.model.encoders import FEATURE_RATE, build_encoder, padding_mask
 from leapasr.model.mtp_heads import build_heads
 from leapasr.model.precision import cast
 from leapasr.model.text_trees import TextTrees
 
+LAYERS_TOGETHER = 2  # whose keys and values are one product: more would not stay in a core's cache
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
@@ -40,13 +42,13 @@ _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "r
 class SpeechEncoding:
     """What the speech side gives for a batch.
 
-    ctc_logits_BTV (B, T, V), in the speech side's dtype, at `model.ctc_frame_rate` frames a second with lengths
-    ctc_lengths_B (B,); (B, T, 0) where nobody wanted them;
+    ctc: what CTC says of (B, T) frames, `model.ctc_frame_rate` a second, in the speech side's dtype, with lengths
+    ctc_lengths_B (B,); None where nobody wanted it;
     embeddings_BLD (B, L, D) for the decoder's prompt or memory ((B, L, 2D) where draft layers remember others) with
     lengths lengths_B (B,) and positions positions_BL (B, L).
     """
 
-    ctc_logits_BTV: Tensor
+    ctc: CTCScores | None
     ctc_lengths_B: Tensor
     embeddings_BLD: Tensor
     lengths_B: Tensor
@@ -88,22 +90,16 @@ def join_rows(
     return both.gather(1, index_BP[..., None].expand(-1, -1, both.shape[-1])), index_BP
 
 
-def _stack(rows: list[Tensor], lengths_B: Tensor) -> Tensor:
-    """Rows (1, T, ...), of which so many places are real, in one tensor (B, max(lengths), ...), zeros behind them.
-
-    CTC logits are many: each of `rows` is taken out as soon as it is copied, and one alone is not copied.
-    """
-    if len(rows) == 1:
-        return rows[0][:, : int(lengths_B)]
-    stacked = rows[0].new_empty(len(rows), int(lengths_B.max()), *rows[0].shape[2:])
-    for place, length in enumerate(lengths_B.tolist()):
-        stacked[place, :length] = rows.pop(0)[0, :length]
-        stacked[place, length:] = 0
+def _stack(rows: Sequence[Tensor], lengths_B: Tensor) -> Tensor:
+    """Rows (1, T, ...), of which so many places are real, in one tensor (B, max(lengths), ...), zeros behind them."""
+    stacked = rows[0].new_zeros(len(rows), int(lengths_B.max()), *rows[0].shape[2:])
+    for place, (row, length) in enumerate(zip(rows, lengths_B.tolist(), strict=True)):
+        stacked[place, :length] = row[0, :length]
     return stacked
 
 
 def _joint_projection(layers: Sequence[Any]) -> nn.Linear:
-    """Keys and values of all `layers`, side by side, of what is normed once for all of them."""
+    """Keys and values of `layers`, side by side, of what is normed once for all of them."""
     parts = [
         (layer.input_layernorm.weight, project)
         for layer in layers
@@ -116,6 +112,19 @@ def _joint_projection(layers: Sequence[Any]) -> nn.Linear:
     if joint.bias is not None:
         joint.bias = nn.Parameter(torch.cat([project.bias for _, project in parts]).detach(), requires_grad=False)
     return joint
+
+
+def _projected(linear: nn.Linear, x_BLD: Tensor, lengths_B: Tensor | None) -> Tensor:
+    """What `linear` makes of rows as far as they go, (B, L, P), zeros behind that; without gradients."""
+    B, L, D = x_BLD.shape
+    projected = x_BLD.new_empty(B, L, linear.out_features)
+    for x_LD, row, length in zip(x_BLD, projected, [L] * B if lengths_B is None else lengths_B.tolist(), strict=True):
+        if linear.bias is None:
+            torch.mm(x_LD[:length], linear.weight.t(), out=row[:length])
+        else:
+            torch.addmm(linear.bias, x_LD[:length], linear.weight.t(), out=row[:length])
+        row[length:] = 0
+    return projected
 
 
 def _unpacked(packed_PD: Tensor, places_BL: Tensor | None) -> Tensor:
@@ -171,7 +180,7 @@ class SpeechLlamaForConditionalGeneration(PreTrainedModel):
         self.mtp_heads = build_heads(config)
         self.draft_layers = build_draft_layers(config)
         self._ctc_unembedding: Tensor | None = None  # the decoder's, in the speech side's dtype
-        self._joint_projections: list[nn.Linear] = []  # likewise, of all layers that read the same
+        self._joint_projections: list[list[nn.Linear]] = [[], []]  # likewise, of layers that read the same
         self.post_init()
         self.reset_heads()
 
@@ -232,22 +241,28 @@ class SpeechLlamaForConditionalGeneration(PreTrainedModel):
 
     @property
     def speech_dtype(self) -> torch.dtype:
-        """What the speech side computes in: encoder, adapter and CTC head."""
+        """What the speech side computes in: encoder, adapter, CTC head and speech projection."""
         return self.adapter.projection.weight.dtype
 
     def set_speech_dtype(self, dtype: torch.dtype) -> None:
         """Let the speech side compute in `dtype`; the decoder, and what it is given, stays in its own.
 
-        The speech side is encoder, adapter and CTC head, and the keys and values of a memory of speech. Call it when
+        The speech side is all before the decoder, and the keys and values of a memory of speech. Call it when
         the model is on its device, and has the weights, that it is to stay with.
         """
-        for part in (self.encoder, self.adapter, self.ctc_head):
+        for part in (self.encoder, self.adapter, self.ctc_head, self.speech_projection):
             cast(part, dtype)
         if self.config.ctc_unembedding:
             self._ctc_unembedding = self.decoder.lm_head.weight.detach().to(dtype)
         if self.config.speech_as_memory:
             own, drafting = self._layers_with_memory()
-            self._joint_projections = [_joint_projection(layers).to(dtype) for layers in (own, drafting) if layers]
+            self._joint_projections = [
+                [
+                    _joint_projection(layers[first : first + LAYERS_TOGETHER]).to(dtype)
+                    for first in range(0, len(layers), LAYERS_TOGETHER)
+                ]
+                for layers in (own, drafting)
+            ]
 
     @property
     def ctc_frame_rate(self) -> float:
@@ -279,27 +294,31 @@ class SpeechLlamaForConditionalGeneration(PreTrainedModel):
     def encode(self, input_features: Tensor, feature_lengths: Tensor, *, with_ctc: bool = True) -> SpeechEncoding:
         """Encode log-mel features (B, T, F) with valid lengths (B,); rows do not see each other's padding.
 
-        Without `with_ctc` there are CTC logits only where the decoder or its heads depend on them.
+        Without `with_ctc` CTC is read only where the decoder or its heads depend on it.
 
         On a CPU each row is encoded by itself, padded to a whole second, unless gradients are asked for: a row alone
         keeps the cores busy, padding would cost as much as speech, and oneDNN builds its kernels for each length anew.
         """
         if self.device.type != "cpu" or torch.is_grad_enabled():
             return self._encode(input_features, feature_lengths, with_ctc=with_ctc)
-        parts: dict[str, list[Tensor]] = {}
+        parts = []
         for features_TF, length in zip(input_features, feature_lengths.tolist(), strict=True):
             size = min(-(-length // FEATURE_RATE) * FEATURE_RATE, max(length, self.encoder.max_feature_frames))
             padded_TF = nn.functional.pad(features_TF[:length], (0, 0, 0, size - length))
-            encoding = self._encode(padded_TF[None], feature_lengths.new_tensor([length]), with_ctc=with_ctc)
-            for name, value in vars(encoding).items():
-                parts.setdefault(name, []).append(value)
-        ctc_lengths_B, lengths_B = torch.cat(parts["ctc_lengths_B"]), torch.cat(parts["lengths_B"])
+            parts.append(self._encode(padded_TF[None], feature_lengths.new_tensor([length]), with_ctc=with_ctc))
+        ctc_lengths_B = torch.cat([part.ctc_lengths_B for part in parts])
+        lengths_B = torch.cat([part.lengths_B for part in parts])
+        scores = [part.ctc for part in parts if part.ctc is not None]
+        ctc = None
+        if scores:
+            frames_BTD = _stack([each.frames_BTD for each in scores], ctc_lengths_B)
+            ctc = CTCScores(frames_BTD, self._ctc_blocks, _stack([each.best_BT for each in scores], ctc_lengths_B))
         return SpeechEncoding(
-            _stack(parts["ctc_logits_BTV"], ctc_lengths_B),
+            ctc,
             ctc_lengths_B,
-            _stack(parts["embeddings_BLD"], lengths_B),
+            _stack([part.embeddings_BLD for part in parts], lengths_B),
             lengths_B,
-            _stack(parts["positions_BL"], lengths_B),
+            _stack([part.positions_BL for part in parts], lengths_B),
         )
 
     def _encode(self, input_features: Tensor, feature_lengths: Tensor, *, with_ctc: bool) -> SpeechEncoding:
@@ -313,24 +332,26 @@ class SpeechLlamaForConditionalGeneration(PreTrainedModel):
         """
         with_ctc = with_ctc or self.config.decoder_reads_ctc
         frames, ctc_lengths_B = stack_frames(frames_BTD, lengths_B, self.config.encoder_stacking)
-        ctc_logits = frames.new_empty(*frames.shape[:2], 0)
+        ctc = None
         if with_ctc or not self.config.speech_as_memory:
             adapted, _ = self.adapter(frames_BTD, lengths_B)
             if with_ctc:
-                ctc_logits = self._ctc_logits(adapted)
+                ctc = CTCScores(adapted, self._ctc_blocks)
             if not self.config.speech_as_memory:
                 frames = adapted
         embeddings, lengths_B, positions_BL = self.speech_projection(
-            frames.to(self.decoder.dtype), ctc_lengths_B, ctc_logits, self.get_input_embeddings().weight
+            frames, ctc_lengths_B, ctc, self.get_input_embeddings().weight
         )
-        return SpeechEncoding(ctc_logits, ctc_lengths_B, embeddings, lengths_B, positions_BL)
+        if not self.config.speech_as_memory:
+            embeddings = embeddings.to(self.decoder.dtype)
+        return SpeechEncoding(ctc, ctc_lengths_B, embeddings, lengths_B, positions_BL)
 
-    def _ctc_logits(self, adapted_BTD: Tensor) -> Tensor:
-        """CTC logits (B, T, V) of adapter frames (B, T, D)."""
-        if not self.config.ctc_unembedding:
-            return self.ctc_head(adapted_BTD)
+    def _ctc_blocks(self, frames: Tensor, size: int | None) -> Blocks:
+        """CTC logits of adapter frames (..., D), of so many tokens at a time; None: of all at once."""
+        if isinstance(self.ctc_head, nn.Linear):
+            return [(0, self.ctc_head(frames))]
         unembedding_VD = self.decoder.lm_head.weight if self._ctc_unembedding is None else self._ctc_unembedding
-        return self.ctc_head(adapted_BTD, unembedding_VD)
+        return self.ctc_head.blocks(frames, unembedding_VD, size)
 
     def embed_text(self, tokens_BW: Tensor, places_BW: Tensor) -> Tensor:
         """Embeddings (B, W, D) of token ids (B, W) at these places of their texts; begin-of-text lies at place 0."""
@@ -382,41 +403,41 @@ class SpeechLlamaForConditionalGeneration(PreTrainedModel):
         Args:
             embeddings_BLD: (B, L, D); (B, L, 2D) where draft layers read others than the decoder's own layers.
             lengths_B: of the rows; what lies behind them is not computed, and is zero in the cache.
-            dtype: of keys and values; None: that of the embeddings.
+            dtype: of keys and values; None: the decoder's.
         """
         D = self.config.decoder_config.hidden_size
-        places_BL = None
-        if lengths_B is not None and int(lengths_B.min()) < embeddings_BLD.shape[1]:
-            places_BL = padding_mask(lengths_B, embeddings_BLD.shape[1])
-            embeddings_BLD = embeddings_BLD[places_BL]  # (P, D): the places of all rows, one behind the other
-        own, drafting = self._layers_with_memory()
+        (own, drafting), (own_joint, drafting_joint) = self._layers_with_memory(), self._joint_projections
         states = chain(
-            self._keys_and_values(own, embeddings_BLD[..., :D], self._joint_projections[:1]),
-            self._keys_and_values(drafting, embeddings_BLD[..., -D:], self._joint_projections[1:]),
+            self._keys_and_values(own, embeddings_BLD[..., :D], lengths_B, own_joint),
+            self._keys_and_values(drafting, embeddings_BLD[..., -D:], lengths_B, drafting_joint),
         )
         head_dim = own[0].self_attn.head_dim
         for index, both in enumerate(states):
             keys, values = (
-                _unpacked(each.to(dtype or embeddings_BLD.dtype), places_BL)
-                .unflatten(-1, (-1, head_dim))
-                .transpose(1, 2)
-                for each in both
+                each.to(dtype or self.decoder.dtype).unflatten(-1, (-1, head_dim)).transpose(1, 2) for each in both
             )
             cache.update(keys, values, index)
 
     def _keys_and_values(
-        self, layers: Sequence[Any], read_BLD: Tensor, joint: Sequence[nn.Linear]
+        self, layers: Sequence[Any], read_BLD: Tensor, lengths_B: Tensor | None, joint: Sequence[nn.Linear]
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """What each of `layers` remembers of what they all read; by the projection of all of them, if there is one."""
+        """What each of `layers` remembers of what they all read; by joint projections of them, if there are any."""
         if joint:
-            norm = layers[0].input_layernorm
-            normed = nn.functional.rms_norm(read_BLD, read_BLD.shape[-1:], None, norm.variance_epsilon)
-            states = joint[0](normed.to(self.speech_dtype)).chunk(2 * len(layers), -1)
-            yield from zip(states[::2], states[1::2], strict=True)
+            norm, size = layers[0].input_layernorm, layers[0].self_attn.k_proj.out_features
+            normed_BLD = nn.functional.rms_norm(read_BLD, read_BLD.shape[-1:], None, norm.variance_epsilon)
+            for linear in joint:
+                states = _projected(linear, normed_BLD.to(self.speech_dtype), lengths_B).split(size, -1)
+                yield from zip(states[::2], states[1::2], strict=True)
             return
+        places_BL = None
+        if lengths_B is not None and int(lengths_B.min()) < read_BLD.shape[1]:
+            places_BL = padding_mask(lengths_B, read_BLD.shape[1])
+            read_BLD = read_BLD[places_BL]  # (P, D): the places of all rows, one behind the other
         for layer in layers:
             normed = layer.input_layernorm(read_BLD)
-            yield layer.self_attn.k_proj(normed), layer.self_attn.v_proj(normed)
+            projections = layer.self_attn.k_proj, layer.self_attn.v_proj
+            keys, values = (_unpacked(project(normed), places_BL) for project in projections)
+            yield keys, values
 
     def read_text(
         self,

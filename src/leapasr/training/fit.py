@@ -26,6 +26,7 @@ from torch.nn.utils.rnn import pad_sequence
 from leapasr.config import Stage
 from leapasr.decoding.ctc import greedy_ctc
 from leapasr.evaluation.scoring import count_errors
+from leapasr.model.ctc_head import CTCScores
 from leapasr.model.fitted_heads import FittedHeads, FittedHeadsConfig, rows_of_pieces
 from leapasr.model.pieces import BLANK, Pieces
 from leapasr.model.precision import PRECISIONS, advice_against, cast
@@ -41,7 +42,7 @@ DEV_SHARE, MIN_DEV, MAX_DEV = 0.02, 2, 64  # of the lessons: not learnt from, bu
 SORTED_BATCHES = 32  # lessons of so many batches are sorted by length, for little padding
 
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
-CTCLogits = tuple[Tensor, Tensor]  # (B, T', P), and their lengths (B,)
+CTCReading = tuple[CTCScores, Tensor]  # of (B, T') frames, and their lengths (B,)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -295,17 +296,17 @@ class Fitting:
             self.heads.save(self.output)
         self.checkpoint.unlink(missing_ok=True)
 
-    def loss(self, names: Sequence[str], *, training: bool) -> tuple[Tensor, dict[str, Any], CTCLogits]:
-        """Loss of all heads on lessons, figures for the log (cross-entropies, heads' accuracies), and CTC's logits."""
+    def loss(self, names: Sequence[str], *, training: bool) -> tuple[Tensor, dict[str, Any], CTCReading]:
+        """Loss of all heads on lessons, figures for the log (cross-entropies, heads' accuracies), and what CTC says."""
         batch = [self.lessons.lesson(name) for name in names]
         texts = [self._places[lesson.tokens] for lesson in batch]  # those that no head guesses are ignored
         text_BM = pad_sequence(texts, batch_first=True, padding_value=self.end).to(self.device)
         lengths_B = torch.tensor([len(text) for text in texts], device=self.device)
-        ctc_logits, ctc_lengths_B = self._read(batch, training=training)
+        ctc_scores, ctc_lengths_B = self._read(batch, training=training)
         spelt = [self._in_pieces(lesson.tokens) for lesson in batch]
         spelt_BM = pad_sequence(spelt, batch_first=True).to(self.device)
         spelt_lengths_B = torch.tensor([len(text) for text in spelt], device=self.device)
-        ctc = ctc_loss(ctc_logits, ctc_lengths_B, spelt_BM, spelt_lengths_B, blank=BLANK)
+        ctc = ctc_loss(ctc_scores.logits_BTV, ctc_lengths_B, spelt_BM, spelt_lengths_B, blank=BLANK)
         states_BUD = pad_sequence([lesson.states for lesson in batch], batch_first=True).to(self.device, self.dtype)
         # at the last place head 1 says end-of-text, and no head has anything to learn
         next_BU = pad_sequence([F.pad(lesson.tokens, (0, 1)) for lesson in batch], batch_first=True).to(self.device)
@@ -319,14 +320,14 @@ class Fitting:
         figures: dict[str, Any] = {"ctc": ctc.detach()}
         for k, (ce, accuracy) in enumerate(zip(losses[1:], accuracies[1:], strict=True), 2):
             figures |= {f"ce_{k}": ce.detach(), f"accuracy_{k}": accuracy}
-        return ctc + mtp, figures, (ctc_logits, ctc_lengths_B)
+        return ctc + mtp, figures, (ctc_scores, ctc_lengths_B)
 
-    def _read(self, batch: Sequence[Lesson], *, training: bool) -> CTCLogits:
+    def _read(self, batch: Sequence[Lesson], *, training: bool) -> CTCReading:
         frames_BTD = pad_sequence([lesson.frames for lesson in batch], batch_first=True).to(self.device, self.dtype)
         lengths_B = torch.tensor([len(lesson.frames) for lesson in batch], device=self.device)
         if training:
             frames_BTD = blotted(F.dropout(frames_BTD, self.config.dropout), self.config.mask_seconds)
-        return self.heads.ctc_logits(frames_BTD, lengths_B, self.unembedding_PD)
+        return self.heads.ctc_scores(frames_BTD, lengths_B, self.unembedding_PD)
 
     def _in_pieces(self, tokens: Tensor) -> Tensor:
         """What CTC is to read (M',)."""

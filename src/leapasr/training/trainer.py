@@ -79,7 +79,7 @@ class StageTask(torch.nn.Module):
     def encode(self, batch: Batch | FrameBatch) -> SpeechEncoding:
         """The speech side of the model on features, or behind the encoder on its cached frames.
 
-        In training it has CTC's logits only where something learns from them or reads them.
+        In training CTC is read only where something learns from it or depends on it.
         """
         with_ctc = bool(self.ctc_weight) or not torch.is_grad_enabled()
         if isinstance(batch, FrameBatch):
@@ -111,8 +111,9 @@ class StageTask(torch.nn.Module):
         else:
             encoding = self.encode(batch)
             if self.ctc_weight or (task != "heads" and not torch.is_grad_enabled()):
+                assert encoding.ctc is not None
                 ctc = ctc_loss(
-                    encoding.ctc_logits_BTV,
+                    encoding.ctc.logits_BTV,
                     encoding.ctc_lengths_B,
                     batch.text_ids,
                     batch.text_lengths,
@@ -486,7 +487,8 @@ class Trainer:
 
     def _ctc_transcripts(self, batch: Batch) -> list[tuple[str, str]]:
         encoding = self.model.encode(batch.input_features.to(self.model.dtype), batch.feature_lengths)
-        read = greedy_ctc(encoding.ctc_logits_BTV, encoding.ctc_lengths_B, blank=self.model.config.blank_token_id)
+        assert encoding.ctc is not None
+        read = greedy_ctc(encoding.ctc, encoding.ctc_lengths_B, blank=self.model.config.blank_token_id)
         return [
             (self.processor.decode_text(text[:text_length]), self.processor.decode_text(ids))
             for ids, text, text_length in zip(read, batch.text_ids.tolist(), batch.text_lengths.tolist(), strict=True)
