@@ -13,6 +13,7 @@ from leapasr.cli import app
 from leapasr.decoding import DecodingOptions, SpeechLlamaDecoder, decode
 from leapasr.evaluation import bench as timing
 from leapasr.evaluation.bench_report import bench_table, draw, write_rows
+from leapasr.evaluation.peer_process import FasterWhisperModel
 from leapasr.evaluation.peers import FasterWhisper, generate
 from leapasr.evaluation.systems import GENERATE, Generate, System, build_systems
 from leapasr.transcriber import load
@@ -184,7 +185,8 @@ def test_batches_of_faster_whisper_keep_utterances_apart(monkeypatch):
             ]
             return segments, None
 
-    whisper = FasterWhisper.__new__(FasterWhisper)
+    whisper = FasterWhisperModel.__new__(FasterWhisperModel)
+    whisper.language = "en"
     whisper.pipeline = Pipeline()
     whisper.model = type("Model", (), {"frames_per_second": 100})()
     samples = [np.full(length, value, np.float32) for value, length in enumerate([8000, 16000, 40001])]

@@ -28,6 +28,7 @@ ROWS_HINT = 16  # what layouts are made for; other numbers of rows are as right,
 LEFT_FREE = 2**31  # bytes of memory that packed copies leave to caches, and to whatever else runs
 CHECKED = (1, 3, 24)  # rows of the products that packed weights have to get right before they are used
 LONGEST_UNCUT = 448  # terms of a sum that oneDNN does not cut into parts, whose number depends on that of the rows
+ROWS_TOGETHER = 8  # numbers of rows are rounded up to these: oneDNN compiles for each, and keeps 1,024 shapes in all
 ROWS_UNCUT = 32  # of a product with longer sums: up to so many rows they are cut alike
 
 
@@ -90,12 +91,14 @@ def rounded(linears: Sequence[nn.Linear]) -> Product:
     if linears[0].bias is not None:
         bias = torch.cat([linear.bias.detach() for linear in linears]).bfloat16()
     packed = _by_onednn(weight, bias)
-    if weight.shape[1] <= LONGEST_UNCUT:
-        return lambda x: packed(x.bfloat16())
+    is_cut = weight.shape[1] > LONGEST_UNCUT
 
     def product(x: Tensor) -> Tensor:
-        parts = [packed(rows) for rows in x.bfloat16().flatten(0, -2).split(ROWS_UNCUT)]
-        return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(*x.shape[:-1], -1)
+        num_rows = x.shape[:-1].numel()
+        rows = x.new_empty(-(-num_rows // ROWS_TOGETHER) * ROWS_TOGETHER, x.shape[-1], dtype=torch.bfloat16)
+        rows[:num_rows] = x.flatten(0, -2)
+        parts = [packed(part) for part in rows.split(ROWS_UNCUT)] if is_cut else [packed(rows)]
+        return (parts[0] if len(parts) == 1 else torch.cat(parts))[:num_rows].view(*x.shape[:-1], -1)
 
     return product
 

@@ -197,7 +197,7 @@ def _observe(
     entry: _Entry, system: System, transcriber: Transcriber, samples: Sequence[np.ndarray], batch_size: int
 ) -> None:
     """The turn that does not count: kernels are built, and memory and the forward passes' share are measured."""
-    with _peak_memory(transcriber.model.device) as peak, _forward_seconds(transcriber) as forward:
+    with _peak_memory(transcriber.model.device, system.process) as peak, _forward_seconds(transcriber) as forward:
         run = system.run(samples, batch_size)
     entry.peak_memory_mb = peak()
     if isinstance(system, Leapasr) and run.decoder_seconds:
@@ -231,18 +231,18 @@ def _forward_seconds(transcriber: Transcriber) -> Iterator[list[float]]:
 
 
 @contextmanager
-def _peak_memory(device: torch.device) -> Iterator[Callable[[], float | None]]:
-    """A function that gives the most memory, in MB, that was taken since."""
+def _peak_memory(device: torch.device, process: int | str) -> Iterator[Callable[[], float | None]]:
+    """A function that gives the most memory, in MB, that a process of this id has taken since."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         yield lambda: torch.cuda.max_memory_allocated(device) / 1e6
         return
     try:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is taken now
+        Path(f"/proc/{process}/clear_refs").write_text("5")  # the peak is now what is taken now
     except OSError:
         yield lambda: None
         return
-    yield peak_resident_mb
+    yield lambda: peak_resident_mb(process)
 
 
 def peak_resident_mb(process: int | str = "self") -> float | None:

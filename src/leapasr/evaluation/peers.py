@@ -5,9 +5,10 @@ Shapes: B rows, L prompt positions, M positions of a memory, W step width, D wid
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,8 @@ from transformers import WhisperForConditionalGeneration
 from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import BaseModelOutput
 
-from leapasr.audio import SAMPLE_RATE
 from leapasr.decoding import Prompts
+from leapasr.evaluation import peer_process
 from leapasr.model.encoders import padding_mask
 from leapasr.model.speech_llama import SpeechLlamaForConditionalGeneration
 
@@ -113,7 +114,10 @@ def _text_positions(model: SpeechLlamaForConditionalGeneration, num_places: int)
 
 
 class FasterWhisper:
-    """A faster-whisper model, int8, greedy, without its fallback to other temperatures.
+    """A faster-whisper model, int8, greedy, in a process of its own, so that nobody's threads are in others' way.
+
+    In one process torch and CTranslate2 share an OpenMP runtime. Where it has more threads than there are cores they
+    sleep between operations instead of waiting awake: whatever torch does with several threads takes twice as long.
 
     Args:
         name: for tables.
@@ -121,48 +125,21 @@ class FasterWhisper:
         language: of what it is to hear.
         device: ``cpu`` or ``cuda``.
 
+    Attributes:
+        process: its id.
+
     Raises:
         ImportError: faster-whisper is not installed.
         ValueError: the folder holds no such model.
     """
 
-    language = "en"
-
     def __init__(self, name: str, folder: str | Path, *, language: str = "en", device: str = "cpu"):
-        try:
-            from faster_whisper import BatchedInferencePipeline, WhisperModel
-        except ImportError as error:
-            raise ImportError("faster-whisper is not installed: pip install 'leapasr[bench]'") from error
-        logging.getLogger("faster_whisper").setLevel(logging.ERROR)
         self.name, self.language = name, language
-        try:
-            self.model = WhisperModel(
-                str(folder), device=device, compute_type="int8", cpu_threads=torch.get_num_threads()
-            )
-        except (RuntimeError, OSError) as error:
-            raise ValueError(f"{folder} holds no model that faster-whisper can read: {error}") from error
-        self.pipeline = BatchedInferencePipeline(self.model)
+        self._pool = ProcessPoolExecutor(1, get_context("spawn"))
+        self.process: int = self._pool.submit(
+            peer_process.load, str(folder), language, device, torch.get_num_threads()
+        ).result()
 
     def transcribe(self, samples: Sequence[np.ndarray], *, batch_size: int = 1) -> list[str]:
         """The text of each utterance (16 kHz samples, at most 30 s), several at a time by its batched pipeline."""
-        options: dict[str, Any] = {
-            "language": self.language, "beam_size": 1, "temperature": 0.0, "without_timestamps": True,
-        }  # fmt: skip
-        if batch_size == 1:
-            texts = []
-            for audio in samples:
-                segments, _ = self.model.transcribe(audio, **options)
-                texts.append(" ".join(segment.text.strip() for segment in segments))
-            return texts
-        seconds = [-(-len(audio) // SAMPLE_RATE) for audio in samples]  # each begins at a whole second of one recording
-        starts = np.cumsum([0, *seconds]).tolist()
-        recording = np.zeros(starts[-1] * SAMPLE_RATE, np.float32)
-        clips = []
-        for start, audio in zip(starts, samples, strict=False):
-            recording[start * SAMPLE_RATE :][: len(audio)] = audio
-            clips.append({"start": start, "end": start + len(audio) / SAMPLE_RATE})
-        segments, _ = self.pipeline.transcribe(recording, batch_size=batch_size, clip_timestamps=clips, **options)
-        pieces: dict[int, list[str]] = {start: [] for start in starts[:-1]}
-        for segment in segments:
-            pieces[segment.seek // self.model.frames_per_second].append(segment.text.strip())
-        return [" ".join(texts) for texts in pieces.values()]
+        return self._pool.submit(peer_process.transcribe, list(samples), batch_size).result()

@@ -52,11 +52,13 @@ class System(ABC):
         name: ``leapasr/verify``, ``hf/generate``, ...
         drafts: what is verified, if anything.
         batched: whether it takes more than one utterance at a time.
+        process: id of that in which it runs.
     """
 
     name: str
     drafts: str | None = None
     batched = True
+    process: int | str = "self"
 
     @abstractmethod
     def run(self, samples: Sequence[np.ndarray], batch_size: int) -> Run:
@@ -167,7 +169,7 @@ class Whisper(System):
     model: FasterWhisper
 
     def __post_init__(self) -> None:
-        self.name = f"faster-whisper/{self.model.name}"
+        self.name, self.process = f"faster-whisper/{self.model.name}", self.model.process
 
     def run(self, samples: Sequence[np.ndarray], batch_size: int) -> Run:
         return Run(self.model.transcribe(samples, batch_size=batch_size))
