@@ -122,7 +122,7 @@ def measure_lengths(arguments: argparse.Namespace, folder: Path) -> list[LengthR
     rows = []
     for recording in join_recordings(arguments.speech, folder, arguments.lengths):
         repeated = LENGTHS[recording.name] <= REPEATED
-        sizes = {"leapasr": 4} | ({"leapasr, one chunk at a time": 1} if repeated else {})
+        sizes = {"leapasr": 8} | ({"leapasr, one chunk at a time": 1} if repeated else {})
         commands = {
             name: (size, [*ours, "--batch-size", str(size), str(recording.path)]) for name, size in sizes.items()
         }

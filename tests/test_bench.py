@@ -15,7 +15,7 @@ from leapasr.evaluation import bench as timing
 from leapasr.evaluation.bench_report import bench_table, draw, write_rows
 from leapasr.evaluation.peer_process import FasterWhisperModel
 from leapasr.evaluation.peers import FasterWhisper, generate
-from leapasr.evaluation.systems import GENERATE, Generate, System, build_systems
+from leapasr.evaluation.systems import GENERATE, Generate, Leapasr, System, build_systems
 from leapasr.transcriber import load
 
 BATCH_SIZES = [1, 3]
@@ -99,6 +99,22 @@ def test_rows_hold_together(rows, utterances):
 
 def test_the_decoder_is_left_as_it_was(transcriber, rows):
     assert not {"call", "logits", "draft_logits"} & set(vars(transcriber.decoder))
+
+
+def test_costs_are_measured_before_the_first_turn(tiny_model_folder, utterances, monkeypatch):
+    """Those of a worker's cores, too: a turn within which they are measured would be longer for it."""
+    transcriber = load(tiny_model_folder, device="cpu")
+    known, run = [], Leapasr.run
+
+    def watched(system, *args):
+        known.append(set(transcriber._costs))
+        return run(system, *args)
+
+    monkeypatch.setattr(Leapasr, "run", watched)
+    systems = [Leapasr(transcriber, DecodingOptions(strategy="autoregressive")), Generate(transcriber)]
+    timing.bench(transcriber, systems, utterances, batch_sizes=[1, 4], rounds=1)
+    assert len(known) == 4
+    assert all(each == set(transcriber._costs) for each in known)
 
 
 def test_systems_take_turns_after_one_that_does_not_count(transcriber, utterances):

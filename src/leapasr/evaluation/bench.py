@@ -25,7 +25,7 @@ from leapasr.evaluation.systems import AUTOREGRESSIVE, GENERATE, GreedyCTC, Leap
 from leapasr.running import timed
 from leapasr.text import NORMALIZER
 from leapasr.transcriber import Transcriber
-from leapasr.workers import num_workers
+from leapasr.workers import num_workers, share_out
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,9 @@ def bench(
     """
     if rounds < 1 or not batch_sizes or min(batch_sizes) < 1:
         raise ValueError(f"rounds and batch sizes must be at least 1, got {rounds} and {list(batch_sizes)}")
-    transcriber.costs  # noqa: B018 (measured now, so that no turn is longer for it)
+    for number in {num_workers(transcriber.model.device, min(size, len(utterances.samples))) for size in batch_sizes}:
+        # costs on so many cores as each worker has are measured now, so that no turn is longer for it
+        list(share_out(lambda jobs: (transcriber.costs for _ in jobs), range(number), number))
     entries: dict[tuple[int, int], _Entry] = {}
     for turn in range(rounds + 1):
         for batch_size in batch_sizes:
