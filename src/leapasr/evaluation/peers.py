@@ -116,8 +116,8 @@ def _text_positions(model: SpeechLlamaForConditionalGeneration, num_places: int)
 class FasterWhisper:
     """A faster-whisper model, int8, greedy, in a process of its own, so that nobody's threads are in others' way.
 
-    Once CTranslate2 has worked in a process, whatever torch does there with two threads in short operations takes almost
-    twice as long (docs/performance.md).
+    Once CTranslate2 has worked in a process, whatever torch does there with two threads in short operations takes
+    almost twice as long (docs/performance.md).
 
     Args:
         name: for tables.
