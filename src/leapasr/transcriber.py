@@ -454,7 +454,7 @@ class Transcriber:
         num_frames = int(batch.ctc_lengths_B[done.row])
         return token_times(
             tokens,
-            batch.ctc.logits(batch.ctc.frames_BTD[done.row, :num_frames]).float().log_softmax(-1),
+            batch.ctc.log_probabilities(done.row, num_frames),
             frame_rate=self.model.ctc_frame_rate,
             blank=self.model.config.blank_token_id,
             start=chunk.start,

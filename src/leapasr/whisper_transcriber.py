@@ -296,7 +296,7 @@ class WhisperTranscriber(Transcriber):
         parts = [self._pieces.split(token) for token in tokens]
         times = token_times(
             [place for part in parts for place in part],
-            batch.ctc.logits(batch.ctc.frames_BTD[done.row, :num_frames]).float().log_softmax(-1),
+            batch.ctc.log_probabilities(done.row, num_frames),
             frame_rate=SAMPLE_RATE / SAMPLES_PER_FRAME / self.heads.config.encoder_stacking,
             blank=BLANK,
             start=chunk.start,

@@ -32,11 +32,12 @@ from leapasr.decoding.costs import FREE, CallCosts
 from leapasr.decoding.drafts import Drafter
 from leapasr.decoding.guards import Guards
 from leapasr.decoding.interface import Decoder, Prompts
-from leapasr.decoding.loop import DecodingLoop, as_scores, best_tokens, by_heads
+from leapasr.decoding.loop import DecodingLoop, best_tokens, by_heads
 from leapasr.decoding.options import DecodingOptions, DecodingResult, Hypothesis, Truncation
 from leapasr.decoding.rejoin import Rejoining, Spelling, as_one
 from leapasr.decoding.trace import DraftToken, TokenRecord
 from leapasr.model.argmax import top
+from leapasr.model.precision import as_scores
 
 LINES_PER_HYPOTHESIS = 2  # cache rows of one utterance in a call: the beam's own, and as many that it may need soon
 

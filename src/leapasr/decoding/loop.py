@@ -32,6 +32,7 @@ from leapasr.decoding.rules import Rules
 from leapasr.decoding.strategies import Strategy, build_strategy
 from leapasr.decoding.trace import DraftToken, TokenRecord
 from leapasr.model.argmax import argmax
+from leapasr.model.precision import as_scores
 from leapasr.model.speech_llama import join_positions, join_rows
 
 NUM_MISTAKES = 8  # of a draft of heads, at which head 2 is asked what it hears
@@ -120,11 +121,6 @@ def by_heads(tokens: Iterable[float], probabilities: Iterable[float]) -> list[Dr
         DraftToken(int(token), probability, f"head{k}")
         for k, (token, probability) in enumerate(zip(tokens, probabilities, strict=True), 2)
     ]
-
-
-def as_scores(logits: Tensor) -> Tensor:
-    """`logits` in at least float32, for probabilities."""
-    return logits.float() if logits.dtype.itemsize < 4 else logits
 
 
 def best_tokens(logits: Tensor) -> tuple[Tensor, Tensor]:

@@ -134,7 +134,7 @@ class FasterWhisper:
     """
 
     def __init__(self, name: str, folder: str | Path, *, language: str = "en", device: str = "cpu"):
-        self.name, self.language = name, language
+        self.name = name
         self._pool = ProcessPoolExecutor(1, get_context("spawn"))
         self.process: int = self._pool.submit(
             peer_process.load, str(folder), language, device, torch.get_num_threads()

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from leapasr.model.argmax import argmax
+from leapasr.model.precision import as_scores
 
 BLOCK_SIZE = 4096  # tokens whose logits are computed at a time, so that a core's cache has room for them
 
@@ -107,12 +108,16 @@ class CTCScores:
         ((_, logits),) = self.blocks(frames, None)
         return logits
 
+    def log_probabilities(self, row: int, length: int) -> Tensor:
+        """Of all tokens in the first frames of a row: natural logs (length, V) in float32."""
+        return self.logits(self.frames_BTD[row, :length]).float().log_softmax(-1)
+
     def probabilities(self, places_BT: Tensor) -> Tensor:
         """Of the likeliest token at these places, bool (B, T), in at least float32: (N,), row by row."""
         frames_ND, best_N = self.frames_BTD[places_BT], self.best_BT[places_BT]
         sums, scores_N = [], torch.full_like(best_N, -torch.inf, dtype=torch.float32)
         for first, logits_NC in self.blocks(frames_ND, None if self._at_once else BLOCK_SIZE):
-            scores_NC = logits_NC.float() if logits_NC.dtype.itemsize < 4 else logits_NC
+            scores_NC = as_scores(logits_NC)
             sums.append(scores_NC.logsumexp(-1))
             C = scores_NC.shape[-1]
             here_N = scores_NC.gather(-1, (best_N - first).clamp(0, C - 1)[:, None])[:, 0]

@@ -35,6 +35,11 @@ def _seconds(device: torch.device, dtype: torch.dtype) -> float:
     return min(seconds[1:])
 
 
+def as_scores(logits: torch.Tensor) -> torch.Tensor:
+    """`logits` in at least float32, for probabilities."""
+    return logits.float() if logits.dtype.itemsize < 4 else logits
+
+
 def advice_against(precision: str, device: torch.device) -> str | None:
     """What to tell who trains in this precision (a name in `PRECISIONS`) where another is faster; None if none is."""
     if PRECISIONS[precision] != torch.bfloat16 or bfloat16_speedup(device) >= 1:
