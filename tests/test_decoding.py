@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, MistralConfig, Qwen3Config
 from leapasr.decoding import CausalLMDecoder, DecodingLoop, DecodingOptions, Prompts, SpeechLlamaDecoder, decode
 from leapasr.decoding.drafts import CTCDrafter, Reading, build_drafter
 from leapasr.decoding.guards import guard_rows
-from leapasr.decoding.loop import NUM_MISTAKES
+from leapasr.decoding.reading import NUM_MISTAKES
 from leapasr.decoding.reference import decode_reference, full_forward
 from leapasr.decoding.strategies import LEADING, Threshold, Verification
 from leapasr.decoding.trace import DraftToken, accept_length_histogram, accept_lengths

@@ -32,8 +32,9 @@ from leapasr.decoding.costs import FREE, CallCosts
 from leapasr.decoding.drafts import Drafter
 from leapasr.decoding.guards import Guards
 from leapasr.decoding.interface import Decoder, Prompts
-from leapasr.decoding.loop import DecodingLoop, best_tokens, by_heads
+from leapasr.decoding.loop import DecodingLoop
 from leapasr.decoding.options import DecodingOptions, DecodingResult, Hypothesis, Truncation
+from leapasr.decoding.reading import best_tokens, by_heads, drafted_ids
 from leapasr.decoding.rejoin import Rejoining, Spelling, as_one
 from leapasr.decoding.trace import DraftToken, TokenRecord
 from leapasr.model.argmax import top
@@ -352,7 +353,7 @@ class BeamLoop(DecodingLoop):
         first_tokens_B = torch.tensor([node.token for node in nodes], device=self.decoder.device)
         logits_BGV = self.decoder.draft_logits(hidden_BD, first_tokens_B, self.num_guesses, exact=False)
         best_BG, log_probs_BG = best_tokens(logits_BGV)
-        tokens_BG = self._drafted(best_BG)
+        tokens_BG = drafted_ids(self.decoder, best_BG)
         return [
             by_heads(tokens, map(math.exp, log_probs))
             for tokens, log_probs in zip(tokens_BG.tolist(), log_probs_BG.tolist(), strict=True)
@@ -422,7 +423,7 @@ class BeamLoop(DecodingLoop):
         tokens_BGN, log_probs_BGN = self._likeliest(
             self.decoder.draft_logits(hidden_BD, first_tokens_B, self.num_guesses)
         )
-        tokens_BGN = self._drafted(tokens_BGN)
+        tokens_BGN = drafted_ids(self.decoder, tokens_BGN)
         for node, tokens, log_probs in zip(nodes, tokens_BGN.tolist(), log_probs_BGN.tolist(), strict=True):
             for k, (best, values) in enumerate(zip(tokens, log_probs, strict=True), 2):
                 assert node.next is not None

@@ -28,11 +28,12 @@ class _Write:
 
     Attributes:
         positions_BW: slot of each input.
-        starts: the first slot of each row.
+        width: W. starts: the first slot of each row; nothing where the device alone knows them.
         end: slots in sight, at least up to the furthest slot written.
     """
 
     positions_BW: Tensor = field(default_factory=lambda: torch.empty(0, 0))
+    width: int = 0
     starts: Sequence[int] = ()
     end: int = 0
 
@@ -69,10 +70,10 @@ class RaggedLayer(CacheLayerMixin):
         width = key_states.shape[2]
         if end > self.keys.shape[2]:
             self.reserve(end + max(end // 8, LEAST_ROOM), min(starts) + width)
-        if min(starts) == max(starts):
+        if starts and min(starts) == max(starts):
             self.keys[:, :, starts[0] : starts[0] + width] = key_states
             self.values[:, :, starts[0] : starts[0] + width] = value_states
-        elif len(starts) <= FEW_ROWS and self.keys.device.type == "cpu":
+        elif starts and len(starts) <= FEW_ROWS and self.keys.device.type == "cpu":
             for row, start in enumerate(starts):
                 self.keys[row, :, start : start + width] = key_states[row]
                 self.values[row, :, start : start + width] = value_states[row]
@@ -134,17 +135,48 @@ class RaggedCache(Cache):
             positions int64 (B, W) of the inputs, and the additive mask (B, 1, W, S') in `dtype` over the slots in
             sight: slot s is visible to the input at position p if s <= p.
         """
-        lengths_B1 = torch.tensor(self.lengths, device=self.device)[:, None]
-        positions_BW = lengths_B1 + torch.arange(width, device=self.device)
-        self._write.positions_BW, self._write.starts = positions_BW, self.lengths
+        self._write.starts = self.lengths
         self._write.end = -(-(max(self.lengths) + width) // self._multiple) * self._multiple
+        return self._opened(torch.tensor(self.lengths, device=self.device)[:, None], width, dtype)
+
+    def plan_at(self, lengths_B1: Tensor, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """`plan` where the device alone knows rows' lengths, int64 (B, 1); all slots that there are are in sight."""
+        self._write.starts, self._write.end = (), self.layers[0].keys.shape[2]
+        return self._opened(lengths_B1, width, dtype)
+
+    def _opened(self, lengths_B1: Tensor, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        positions_BW = lengths_B1 + torch.arange(width, device=self.device)
+        self._write.positions_BW, self._write.width = positions_BW, width
         hidden_BWS = torch.arange(self._write.end, device=self.device) > positions_BW[..., None]
         mask_BWS = torch.zeros(hidden_BWS.shape, dtype=dtype, device=self.device)
         return positions_BW, mask_BWS.masked_fill_(hidden_BWS, torch.finfo(dtype).min)[:, None]
 
+    @classmethod
+    def of(cls, layers: Sequence[tuple[Tensor, Tensor]]) -> RaggedCache:
+        """A cache whose rows' slots are these keys and values of each layer (B, H, S, D), which stay where they are."""
+        cache = cls(len(layers[0][0]), device=layers[0][0].device)
+        for keys, values in layers:
+            layer = RaggedLayer(cache._write, keys.dtype)
+            layer.keys, layer.values, layer.is_initialized = keys, values, True
+            cache.layers.append(layer)
+        return cache
+
+    def settle(self, room: Sequence[tuple[Tensor, Tensor]], width: int) -> None:
+        """Lie in the first rows of `room`, keys and values of each layer; a call of `width` inputs will write there.
+
+        What lies there already is not moved.
+        """
+        num_rows, num_held = len(self.lengths), max(self.lengths)
+        for layer, (keys, values) in zip(self.layers, room, strict=False):
+            if layer.keys.data_ptr() != keys.data_ptr():
+                keys[:num_rows, :, :num_held] = layer.keys[:, :, :num_held]
+                values[:num_rows, :, :num_held] = layer.values[:, :, :num_held]
+            layer.keys, layer.values = keys[:num_rows], values[:num_rows]
+        self._write.width = width
+
     def commit(self, num_committed: Sequence[int]) -> None:
         """Keep the first `num_committed[b]` inputs of the last call in row b."""
-        width = self._write.positions_BW.shape[1]
+        width = self._write.width
         assert all(0 <= num <= width for num in num_committed), f"{num_committed} of {width} inputs committed"
         self.lengths = [length + num for length, num in zip(self.lengths, num_committed, strict=True)]
 

@@ -13,6 +13,7 @@ import json
 import os
 import platform
 import time
+import warnings
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,9 +26,11 @@ from typing import Any, TypeVar
 import torch
 
 from leapasr.decoding.cache import RaggedCache
+from leapasr.decoding.graphs import Fed, Graphs, as_it_is
 from leapasr.decoding.interface import Decoder, Prompts, Ways
 from leapasr.decoding.packing import PACKINGS
-from leapasr.decoding.strategies import LEADING
+from leapasr.decoding.reading import Reading
+from leapasr.decoding.strategies import LEADING, Verification
 from leapasr.model.argmax import argmax
 
 NUM_ROWS, WIDTHS = (1, 8, 32), (1, 8, 32, 128)
@@ -36,6 +39,8 @@ CARRIED = 0.5  # of a drafted token's worth is left behind a mistake: the call t
 MAX_TOKENS = 256  # in a call that is timed: wider ones cost what a straight line says
 REPETITIONS = 5  # of which the quickest counts: others may have been disturbed
 PATIENCE = 0.3  # seconds after which a call is not repeated
+CAPTURED_WIDTHS = (1, 5, 5, 1)  # of steps that have to say the same captured and not
+SAME = 0.05  # natural logs by which they may differ
 STEADY_ROWS, STEADY_WIDTHS = (1, 3), (100, 1, 5, 14)  # of calls that have to give what calls for one input give
 
 Found = TypeVar("Found", Ways, "CallCosts")
@@ -95,9 +100,7 @@ def measure_costs(decoder: Decoder) -> CallCosts:
     """Time calls of `decoder` and what its heads say: the quickest of a few of each size, and none below a smaller."""
     table: list[tuple[float, ...]] = []
     for num_rows in NUM_ROWS:
-        cache = _empty_cache(decoder, num_rows)
-        _call(decoder, cache, _zeros(decoder, cache, SLOTS))
-        cache.commit([SLOTS] * num_rows)
+        cache = _held(decoder, num_rows)
         row: list[float] = []
         for index, width in enumerate(WIDTHS):
             if num_rows * width > MAX_TOKENS:
@@ -121,6 +124,14 @@ def _empty_cache(decoder: Decoder, num_rows: int) -> RaggedCache:
     return decoder.new_cache(Prompts(torch.empty(num_rows, 0, 0), torch.zeros(num_rows, dtype=torch.long)))
 
 
+def _held(decoder: Decoder, num_rows: int) -> RaggedCache:
+    """A cache that holds `SLOTS` of each row."""
+    cache = _empty_cache(decoder, num_rows)
+    _call(decoder, cache, _zeros(decoder, cache, SLOTS))
+    cache.commit([SLOTS] * num_rows)
+    return cache
+
+
 def _zeros(decoder: Decoder, cache: RaggedCache, width: int) -> torch.Tensor:
     """Token ids (B, W) that will do where only time counts."""
     return torch.zeros(len(cache.lengths), width, dtype=torch.long, device=decoder.device)
@@ -131,8 +142,23 @@ def _call(decoder: Decoder, cache: RaggedCache, tokens_BW: torch.Tensor) -> torc
     return decoder.call(decoder.embed(tokens_BW, positions_BW), positions_BW, mask_B1WS, cache)
 
 
+def _steps(decoder: Decoder, graphs: Graphs, cache: RaggedCache, width: int) -> list[Reading]:
+    """What a step of this width says, of which one token is known."""
+    strategy = Verification(num_guesses=min(LEADING, decoder.num_heads - 1))
+    rows = [
+        Fed(held, held, 1, [token % decoder.vocab_size for token in range(held, held + width)])
+        for held in cache.lengths
+    ]
+    said = graphs.run(strategy, rows, cache)
+    assert said is not None, "another loop is under way with this decoder"
+    return said
+
+
 def _seconds(decoder: Decoder, cache: RaggedCache, width: int) -> float:
     start = time.perf_counter()
+    if decoder.graphs is not None:
+        _steps(decoder, decoder.graphs, cache, width)
+        return time.perf_counter() - start
     hidden_BWD = _call(decoder, cache, _zeros(decoder, cache, width))
     best_BW = argmax(decoder.logits(hidden_BWD, exact=False))
     best_BW.tolist()
@@ -146,20 +172,56 @@ def _seconds(decoder: Decoder, cache: RaggedCache, width: int) -> float:
 def fastest_ways(decoder: Decoder) -> Ways:
     """The ways in which calls of one row are fastest: the packing first. `decoder` is left in some of them.
 
-    Rounded products only where the decoder may round, and where calls are `steady` then.
+    Rounded products only where the decoder may round, and where calls are `steady` then; captured steps only where
+    it may capture, and where they say what they say otherwise.
     """
 
     @lru_cache  # the packing that is found is one of the ways that are compared then
     def seconds(ways: Ways) -> float:
         decoder.prepare(ways)
-        cache = _empty_cache(decoder, 1)  # what it is like depends on the ways
+        cache = _held(decoder, 1)  # what it is like depends on the ways
         return sum(_quickest(decoder, cache, width) for width in WIDTHS[:-1])
 
     packing = min((None, *PACKINGS), key=lambda packing: seconds(Ways(packing)))
     ways = min((Ways(packing), Ways(packing, rough=True)), key=seconds)
+    captured = Ways(captured=True)
+    if decoder.may_capture and can_capture(decoder) and seconds(captured) < seconds(ways):
+        ways = captured
     rounded = Ways(packing, rough=True, rounded=True)
     # timed last, it is what the decoder works in when it is asked whether it is steady
     return rounded if decoder.may_round and seconds(rounded) < seconds(ways) and steady(decoder) else ways
+
+
+@torch.inference_mode()
+def can_capture(decoder: Decoder) -> bool:
+    """Whether captured steps say what the same operations say one by one; with a warning where they cannot be captured.
+
+    `decoder` works in captured steps then.
+    """
+    try:
+        decoder.prepare(Ways(captured=True))
+        assert decoder.graphs is not None
+        said = [_said(decoder, graphs) for graphs in (decoder.graphs, Graphs(decoder, as_it_is))]
+    except RuntimeError as error:
+        reason = str(error).strip().partition("\n")[0]
+        warnings.warn(
+            f"decoder calls cannot be captured as CUDA graphs here, and take longer without: {reason}", stacklevel=2
+        )
+        return False
+    return all(
+        abs(one - other) <= SAME
+        for captured, plain in zip(*said, strict=True)
+        for one, other in zip(captured.log_probabilities, plain.log_probabilities, strict=True)
+    )
+
+
+def _said(decoder: Decoder, graphs: Graphs) -> list[Reading]:
+    """What steps of several widths say, one behind the other."""
+    cache, said = _held(decoder, 1), []
+    for width in CAPTURED_WIDTHS:
+        said += _steps(decoder, graphs, cache, width)
+        cache.commit([width])
+    return said
 
 
 @torch.inference_mode()

@@ -66,7 +66,7 @@ def align_ctc(log_probs_TV: Tensor, tokens: Sequence[int], *, blank: int) -> lis
     S, T = len(labels), len(log_probs_TV)
     if not T:
         return None if tokens else []
-    scores_TS = log_probs_TV[:, torch.from_numpy(labels)].double().cpu().numpy()
+    scores_TS = log_probs_TV[:, torch.from_numpy(labels).to(log_probs_TV.device)].double().cpu().numpy()
     may_skip_S = np.zeros(S, dtype=bool)
     may_skip_S[3::2] = labels[3::2] != labels[1:-2:2]
     best_S = np.full(S, -np.inf)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from leapasr.decoding.cache import RaggedCache
+from leapasr.decoding.graphs import CudaGraphs, Graphs
 from leapasr.decoding.lean import STEADY_SLOTS, LeanLayers
 from leapasr.decoding.packing import Packer, Packing, Product, can_round
 from leapasr.decoding.unembedding import RoughUnembedding
@@ -80,11 +81,13 @@ class Ways:
         rough: logits that need not be exact are rough (`unembedding`).
         rounded: products are of numbers that are rounded to bfloat16 (`packing.rounded`), and so is attention, which is
             another computation than without; only where a decoder `may_round`.
+        captured: steps of the loop are captured as CUDA graphs (`graphs`); only where a decoder `may_capture`.
     """
 
     packing: Packing | None = None
     rough: bool = False
     rounded: bool = False
+    captured: bool = False
 
 
 class Decoder(Protocol):
@@ -100,6 +103,8 @@ class Decoder(Protocol):
         device: where its inputs go.
         dtype: its floating-point type, in which masks are given.
         may_round: whether `prepare` may be asked for rounded products.
+        may_capture: whether it may be asked for captured steps.
+        graphs: these; None: a step is made of one operation after the other.
     """
 
     num_heads: int
@@ -111,6 +116,8 @@ class Decoder(Protocol):
     device: torch.device
     dtype: torch.dtype
     may_round: bool
+    may_capture: bool
+    graphs: Graphs | None
 
     def new_cache(self, prompts: Prompts) -> RaggedCache:
         """A cache for the rows of `prompts` that holds their memory, and nothing else."""
@@ -206,6 +213,7 @@ class CausalLMDecoder:
         self.dtype = causal_lm.dtype
         steady = self._is_lean and LeanLayers.can_be_steady(self.body)
         self.may_round = may_round and steady and can_round(causal_lm)
+        self.may_capture = steady and self.device.type == "cuda"
         self.prepare(Ways())
 
     @property
@@ -242,7 +250,10 @@ class CausalLMDecoder:
 
     def prepare(self, ways: Ways) -> None:
         assert self.may_round or not ways.rounded
+        assert self.may_capture or not ways.captured
+        assert not (ways.captured and ways.rough), "rough logits have to ask how sure they are"
         self.ways = ways
+        self.graphs: Graphs | None = None
         self._rough: RoughUnembedding | None = None
         self._lean: LeanLayers | None = None
         self._unembed: Product = self.lm_head
@@ -252,6 +263,8 @@ class CausalLMDecoder:
         self._unembed = packer.product(self.lm_head)
         if self._is_lean:
             self._lean = LeanLayers(self.body, self.draft_layers, Packer(ways.packing, ways.rounded))
+        if ways.captured:
+            self.graphs = Graphs(self, CudaGraphs(self.device))
 
     def logits(self, hidden: Tensor, *, exact: bool = True) -> Tensor:
         own = hidden[..., : self.lm_head.in_features]

@@ -11,32 +11,28 @@ Shapes: B rows, L prompt positions, W step width, R positions read by head 1, J 
 
 from __future__ import annotations
 
-import math
 from collections import deque
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, compress
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from leapasr.decoding.cache import RaggedCache
 from leapasr.decoding.costs import FREE, CallCosts, num_worth_drafting
 from leapasr.decoding.drafts import Drafter, MTPDrafter
+from leapasr.decoding.graphs import Fed
 from leapasr.decoding.guards import Guards, guard_rows
 from leapasr.decoding.interface import Decoder, Prompts
 from leapasr.decoding.options import DecodingOptions, DecodingResult, Truncation
-from leapasr.decoding.rewriting import Verdict, until_end
+from leapasr.decoding.reading import MAX_VOCAB_SIZE, Reading, joined, look, readings
+from leapasr.decoding.rewriting import until_end
 from leapasr.decoding.rules import Rules
 from leapasr.decoding.strategies import Strategy, build_strategy
 from leapasr.decoding.trace import DraftToken, TokenRecord
-from leapasr.model.argmax import argmax
-from leapasr.model.precision import as_scores
 from leapasr.model.speech_llama import join_positions, join_rows
-
-NUM_MISTAKES = 8  # of a draft of heads, at which head 2 is asked what it hears
-MAX_VOCAB_SIZE = 2**24  # ids travel to the host as float32, which is exact up to here
 
 
 @dataclass(slots=True)
@@ -73,70 +69,6 @@ class _Row:
         return DecodingResult(self.tokens, self.num_calls, self.trace, self.truncated)
 
 
-class _Reading(NamedTuple):
-    """What a call said about one row, of which the draft may be shorter than R − 1 tokens.
-
-    Attributes:
-        tokens: head 1's R choices, after the last pending token and after each drafted one.
-        log_probabilities: of these, natural logs.
-        chances: head 1's probabilities of the R − 1 drafted tokens.
-        num_accepted: drafted tokens that head 1 agrees with, before the first that it does not.
-        guesses: of heads 2..K, behind `tokens[num_accepted]`.
-        following: of head 2, behind `tokens` at the first places where they are not the draft's; empty unless the
-            strategy wants `further`.
-        further: of heads 2, 3, …, behind head 1's token after the whole draft; empty unless the strategy wants them.
-    """
-
-    tokens: list[int]
-    log_probabilities: list[float]
-    chances: list[float]
-    num_accepted: int
-    guesses: list[DraftToken]
-    following: dict[int, DraftToken]
-    further: list[DraftToken]
-
-    def verdicts(self, num_drafted: int) -> list[Verdict]:
-        """On each drafted token."""
-        return [
-            Verdict(
-                self.tokens[place],
-                math.exp(self.log_probabilities[place]),
-                self.chances[place],
-                self.following.get(place),
-            )
-            for place in range(num_drafted)
-        ]
-
-    def behind(self, num_drafted: int) -> list[DraftToken]:
-        """What heads 1..K say comes behind the draft; empty unless the strategy wants that."""
-        if not self.further:
-            return []
-        first = DraftToken(self.tokens[num_drafted], math.exp(self.log_probabilities[num_drafted]), "jacobi")
-        return [first, *self.further]
-
-
-def by_heads(tokens: Iterable[float], probabilities: Iterable[float]) -> list[DraftToken]:
-    """One token of each of heads 2, 3, …"""
-    return [
-        DraftToken(int(token), probability, f"head{k}")
-        for k, (token, probability) in enumerate(zip(tokens, probabilities, strict=True), 2)
-    ]
-
-
-def best_tokens(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """The likeliest ids (...) of logits (..., V), and their natural-log probabilities (...) in at least float32."""
-    tokens = argmax(logits)  # before any cast, for ties to fall as in transformers' greedy search
-    scores = as_scores(logits)
-    above = scores - scores.gather(-1, tokens[..., None])  # of the likeliest 0, and of no other more
-    return tokens, -above.exp_().sum(-1).log_()
-
-
-def _drafted_log_probabilities(logits_BJV: Tensor, draft_BJ: Tensor, tokens_BJ: Tensor, log_probs_BJ: Tensor) -> Tensor:
-    """Natural-log probabilities (B, J) of drafted tokens, from those of head 1's best; of padding (-1) anything."""
-    of_both = as_scores(logits_BJV.gather(-1, torch.stack([draft_BJ.clamp(min=0), tokens_BJ], -1)))
-    return log_probs_BJ + (of_both[..., 0] - of_both[..., 1])
-
-
 def _staying(rows: list[_Row], cache: RaggedCache, stays: Sequence[bool]) -> list[_Row]:
     """Those of `rows` that stay; `cache` then holds their lines alone (where none stays, it is of no use)."""
     if all(stays) or not any(stays):
@@ -149,11 +81,9 @@ def _staying(rows: list[_Row], cache: RaggedCache, stays: Sequence[bool]) -> lis
     return [rows[place] for place in order]
 
 
-def _first_places(wrong_BJ: Tensor, most: int) -> Tensor:
-    """Where in each row the first `most` (or J) are, int64 (B, M); J where a row has no more."""
-    J = wrong_BJ.shape[1]
-    places_J = torch.arange(J, device=wrong_BJ.device)
-    return torch.where(wrong_BJ, places_J, J).topk(min(most, J), largest=False).values
+def _places(cache: RaggedCache, prompt_lengths: Sequence[int]) -> list[int]:
+    """Where in its text the next input of each row lies; begin-of-text lies at place 0."""
+    return [1 + max(0, held - length) for held, length in zip(cache.lengths, prompt_lengths, strict=True)]
 
 
 class DecodingLoop:
@@ -285,15 +215,25 @@ class DecodingLoop:
         if self._costs is not FREE and not self.strategy.accepts_other_tokens:
             drafts = self._worthwhile(drafts, max(num_known))
         tokens = [row.pending + [drafted.token for drafted in draft] for row, draft in zip(rows, drafts, strict=True)]
-        hidden_BWD = self._call(tokens, cache, [row.prompt_length for row in rows], prompts)
-        readings = self._read(hidden_BWD, num_known, drafts, [row.tokens for row in rows])
+        texts = [row.tokens for row in rows]
+        rules = self._rules if self._rules is not None and any(map(self._rules.bind, texts)) else None
+        prompt_lengths = [row.prompt_length for row in rows]
+        said = None
+        if prompts is None and rules is None and self.decoder.graphs is not None:
+            places = _places(cache, prompt_lengths)
+            said = self.decoder.graphs.run(
+                self.strategy, list(map(Fed, cache.lengths, places, num_known, tokens)), cache
+            )
+        if said is None:
+            hidden_BWD = self._call(tokens, cache, prompt_lengths, prompts)
+            said = self._read(hidden_BWD, num_known, drafts, texts, rules)
         if prompts is None:
-            self._observe(hidden_BWD.shape[1], 1 + sum(reading.num_accepted for reading in readings) / len(rows))
-        for row, draft, reading in zip(rows, drafts, readings, strict=True):
+            self._observe(max(map(len, tokens)), 1 + sum(reading.num_accepted for reading in said) / len(rows))
+        for row, draft, reading in zip(rows, drafts, said, strict=True):
             row.num_calls += 1
             row.drafter.review(reading.verdicts(len(draft)), reading.num_accepted, reading.behind(len(draft)))
             self._emit(row, draft, reading)
-        cache.commit([known + reading.num_accepted for known, reading in zip(num_known, readings, strict=True)])
+        cache.commit([known + reading.num_accepted for known, reading in zip(num_known, said, strict=True)])
 
     def _call(
         self,
@@ -304,8 +244,7 @@ class DecodingLoop:
     ) -> Tensor:
         """Feed each row's tokens, behind the prompts if given: hidden states (B, W, D) of all that was fed."""
         tokens_BW = self._padded(tokens, 0)
-        num_fed = [1 + max(0, held - length) for held, length in zip(cache.lengths, prompt_lengths, strict=True)]
-        places_BW = torch.tensor(num_fed, device=tokens_BW.device)[:, None] + torch.arange(
+        places_BW = torch.tensor(_places(cache, prompt_lengths), device=tokens_BW.device)[:, None] + torch.arange(
             tokens_BW.shape[1], device=tokens_BW.device
         )
         embeddings_BWD = self.decoder.embed(tokens_BW, places_BW)
@@ -352,114 +291,30 @@ class DecodingLoop:
         num_known: Sequence[int],
         drafts: Sequence[Sequence[DraftToken]],
         texts: Sequence[Sequence[int]],
-    ) -> list[_Reading]:
+        rules: Rules | None,
+    ) -> list[Reading]:
         """All that a call says, in one transfer to the host.
 
         Args:
             hidden_BWD: hidden states of everything fed.
             num_known: inputs of each row before its draft.
             drafts: each row's draft. texts: its tokens before that.
+            rules: that they obey.
         """
-        B, W, _ = hidden_BWD.shape
         drafted = [[drafted.token for drafted in draft] for draft in drafts]
         draft_BJ = self._padded(drafted, -1)
-        R = draft_BJ.shape[1] + 1
-        rows_B = torch.arange(B, device=hidden_BWD.device)
         if max(num_known) > 1:
-            last_known_B = torch.tensor(num_known, device=hidden_BWD.device) - 1
-            index_BR = last_known_B[:, None] + torch.arange(R, device=hidden_BWD.device)
-            hidden_BRD = hidden_BWD[rows_B[:, None], index_BR.clamp_(max=W - 1)]
+            rows_B1 = torch.arange(len(drafts), device=hidden_BWD.device)[:, None]
+            last_known_B1 = torch.tensor(num_known, device=hidden_BWD.device)[:, None] - 1
+            index_BR = last_known_B1 + torch.arange(draft_BJ.shape[1] + 1, device=hidden_BWD.device)
+            hidden_BRD = hidden_BWD[rows_B1, index_BR.clamp_(max=hidden_BWD.shape[1] - 1)]
         else:
             hidden_BRD = hidden_BWD
-        rules = self._rules if self._rules is not None and any(map(self._rules.bind, texts)) else None
-        logits_BRV = self.decoder.logits(hidden_BRD, exact=self.strategy.accepts_other_tokens or rules is not None)
-        if rules is not None:
-            logits_BRV = rules.obeyed(logits_BRV, texts, drafted)
-        tokens_BR, log_probs_BR = best_tokens(logits_BRV)
-        stands_BJ = self.strategy.agrees(draft_BJ, tokens_BR[:, :-1], logits_BRV[:, :-1]).long().cumprod(-1)
-        num_accepted_B = stands_BJ.sum(-1)
-        drafted_BJ = _drafted_log_probabilities(logits_BRV[:, :-1], draft_BJ, tokens_BR[:, :-1], log_probs_BR[:, :-1])
-        if self.strategy.accepts_other_tokens:
-            stands_BR = nn.functional.pad(stands_BJ, (0, 1)).bool()
-            tokens_BR = torch.where(stands_BR, nn.functional.pad(draft_BJ, (0, 1)), tokens_BR)
-            log_probs_BR = torch.where(stands_BR, nn.functional.pad(drafted_BJ, (0, 1)), log_probs_BR)
-        columns = [num_accepted_B[:, None], tokens_BR, log_probs_BR, drafted_BJ.exp()]
+        obeyed = None if rules is None else lambda logits_BRV: rules.obeyed(logits_BRV, texts, drafted)
+        tables = look(self.decoder, self.strategy, hidden_BRD, draft_BJ, obeyed=obeyed)
+        return readings(joined(tables).cpu(), [table.shape[1] for table in tables])
 
-        asked = []  # of heads 2..K, at which places of each row
-        if self.strategy.num_guesses:
-            asked.append((num_accepted_B[:, None], self.strategy.num_guesses))
-        if self.strategy.num_further:
-            asked.append((_first_places(draft_BJ != tokens_BR[:, :-1], NUM_MISTAKES), 1))
-            asked.append(((draft_BJ >= 0).sum(-1, keepdim=True), self.strategy.num_further))
-        columns += self._guess(hidden_BRD, tokens_BR, asked)
-
-        table = torch.cat([column.float() for column in columns], 1).cpu()
-        pieces = (piece.tolist() for piece in table.split([column.shape[1] for column in columns], 1))
-        return [self._parse(*row) for row in zip(*pieces, strict=True)]
-
-    def _guess(self, hidden_BRH: Tensor, tokens_BR: Tensor, asked: Sequence[tuple[Tensor, int]]) -> list[Tensor]:
-        """What heads 2, 3, … say behind head 1's tokens.
-
-        Args:
-            hidden_BRH, tokens_BR: what `call` gave, and head 1's tokens.
-            asked: places (B, M) among these R, and how many heads.
-
-        Returns:
-            for each of `asked`: places (B, M), and ids and probabilities (B, M · heads).
-        """
-        if not asked:
-            return []
-        B = len(tokens_BR)
-        rows_B1 = torch.arange(B, device=tokens_BR.device)[:, None]
-        logits = self.decoder.draft_logits_each(
-            [
-                (hidden_BRH[rows_B1, places].flatten(0, 1), tokens_BR.gather(1, places).flatten(), num_heads)
-                for places, num_heads in asked
-            ],
-            exact=self.strategy.trusts_heads,
-        )
-        columns = []
-        for (places_BM, num_heads), logits_NGV in zip(asked, logits, strict=True):
-            best_NG, log_probs_NG = best_tokens(logits_NGV)
-            guesses_NG = self._drafted(best_NG)
-            width = places_BM.shape[1] * num_heads
-            columns += [places_BM, guesses_NG.view(B, width), log_probs_NG.exp().view(B, width)]
-        return columns
-
-    def _drafted(self, places: Tensor) -> Tensor:
-        """The ids of these outputs of heads 2..K."""
-        return places if self.decoder.draft_tokens is None else self.decoder.draft_tokens[places]
-
-    @staticmethod
-    def _parse(
-        accepted: list[float],
-        tokens: list[float],
-        log_probabilities: list[float],
-        chances: list[float],
-        _behind_accepted: Sequence[float] = (),
-        guesses: Sequence[float] = (),
-        probabilities: Sequence[float] = (),
-        mistakes: Sequence[float] = (),
-        following: Sequence[float] = (),
-        following_probabilities: Sequence[float] = (),
-        _behind_all: Sequence[float] = (),
-        further: Sequence[float] = (),
-        further_probabilities: Sequence[float] = (),
-    ) -> _Reading:
-        return _Reading(
-            tokens=[int(token) for token in tokens],
-            log_probabilities=log_probabilities,
-            chances=chances,
-            num_accepted=int(accepted[0]),
-            guesses=by_heads(guesses, probabilities),
-            following={
-                int(place): DraftToken(int(token), probability, "head2")
-                for place, token, probability in zip(mistakes, following, following_probabilities, strict=True)
-            },
-            further=by_heads(further, further_probabilities),
-        )
-
-    def _emit(self, row: _Row, draft: Sequence[DraftToken], reading: _Reading) -> None:
+    def _emit(self, row: _Row, draft: Sequence[DraftToken], reading: Reading) -> None:
         """Emit accepted tokens, head 1's token behind them and trusted guesses, until the row ends."""
         step, num_accepted = row.num_calls - 1, reading.num_accepted
         trusted = reading.guesses[: self.strategy.num_trusted(reading.guesses)]

@@ -6,6 +6,7 @@ Shapes: B rows, J drafted tokens, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import takewhile
 
 from torch import Tensor
@@ -19,6 +20,8 @@ LEADING = 2  # guesses of heads that go before CTC's tokens at most
 
 class Strategy:
     """The role: what the loop asks before and after each decoder call. By default nothing is drafted or trusted.
+
+    Strategies of which nothing can be told apart are equal, and share what is captured of their steps (`graphs`).
 
     Attributes:
         num_guesses: heads behind head 1 to evaluate after each call.
@@ -51,39 +54,41 @@ class Strategy:
         return 0
 
 
+@dataclass(frozen=True, kw_only=True)
 class Autoregressive(Strategy):
     """Head 1's token, one per call."""
 
 
+@dataclass(frozen=True, kw_only=True)
 class Threshold(Strategy):
     """Head 1's token and the guesses behind it, up to the first whose probability is below `threshold`.
 
     A threshold above 1 trusts none and is `Autoregressive`.
     """
 
+    num_guesses: int = 0
+    threshold: float
     trusts_heads = True
-
-    def __init__(self, num_guesses: int, threshold: float):
-        self.num_guesses = num_guesses
-        self.threshold = threshold
 
     def num_trusted(self, guesses: Sequence[DraftToken]) -> int:
         return sum(1 for _ in takewhile(lambda guess: guess.probability >= self.threshold, guesses))
 
 
+@dataclass(frozen=True, kw_only=True)
 class Verification(Strategy):
     """Drafted tokens as far as they are what head 1 says, and head 1's token behind them (the bonus token).
 
     Greedy speculative decoding (Stern et al., arXiv 1811.03115): it emits what `Autoregressive` emits.
     """
 
-    def __init__(self, num_guesses: int, *, num_further: int = 0):
-        self.num_guesses, self.num_further = num_guesses, num_further
+    num_guesses: int = 0
+    num_further: int = 0
 
     def propose(self, drafter: Drafter, emitted: Sequence[int], guesses: Sequence[DraftToken]) -> Sequence[DraftToken]:
         return drafter.propose(emitted, guesses)
 
 
+@dataclass(frozen=True, kw_only=True)
 class RelaxedVerification(Verification):
     """`Verification` that takes a drafted token for head 1's own if head 1 finds it likely enough.
 
@@ -92,11 +97,9 @@ class RelaxedVerification(Verification):
     decoding's; ``top = 1`` or ``ratio = 1`` is `Verification`, ties aside.
     """
 
+    ratio: float
+    top: int
     accepts_other_tokens = True
-
-    def __init__(self, num_guesses: int, *, ratio: float, top: int, num_further: int = 0):
-        super().__init__(num_guesses, num_further=num_further)
-        self.ratio, self.top = ratio, top
 
     def agrees(self, draft_BJ: Tensor, tokens_BJ: Tensor, logits_BJV: Tensor) -> Tensor:
         drafted_BJ1 = logits_BJV.gather(-1, draft_BJ.clamp(min=0)[..., None])
@@ -116,10 +119,12 @@ def build_strategy(options: DecodingOptions, num_heads: int) -> Strategy:
             return Autoregressive()
         case "threshold":
             assert options.threshold is not None
-            return Threshold(num_guesses, options.threshold)
+            return Threshold(num_guesses=num_guesses, threshold=options.threshold)
         case "verify":
-            return Verification(num_guesses, num_further=num_further)
+            return Verification(num_guesses=num_guesses, num_further=num_further)
         case "relaxed":
             assert options.ratio is not None
             assert options.top_used is not None
-            return RelaxedVerification(num_guesses, ratio=options.ratio, top=options.top_used, num_further=num_further)
+            return RelaxedVerification(
+                num_guesses=num_guesses, ratio=options.ratio, top=options.top_used, num_further=num_further
+            )

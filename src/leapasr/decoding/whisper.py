@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import WhisperForConditionalGeneration
 
 from leapasr.decoding.cache import RaggedCache
+from leapasr.decoding.graphs import Graphs
 from leapasr.decoding.interface import Prompts, Ways
 from leapasr.decoding.packing import Packer, Product
 from leapasr.decoding.unembedding import RoughUnembedding
@@ -38,7 +39,8 @@ class WhisperTextDecoder:
         draft_tokens: ids that heads 2..K choose from (C,); None: all.
     """
 
-    may_round = False
+    may_round = may_capture = False
+    graphs: Graphs | None = None
 
     def __init__(
         self,

@@ -127,12 +127,12 @@ def _projected(linear: nn.Linear, x_BLD: Tensor, lengths_B: Tensor | None) -> Te
     return projected
 
 
-def _unpacked(packed_PD: Tensor, places_BL: Tensor | None) -> Tensor:
-    """What lies at these places, (B, L, D), zeros elsewhere; without places, what is given."""
-    if places_BL is None:
+def _unpacked(packed_PD: Tensor, places: tuple[Tensor, ...], size: tuple[int, int]) -> Tensor:
+    """What lies at these places of B rows and L, (B, L, D), zeros elsewhere; without places, what is given."""
+    if not places:
         return packed_PD
-    rows = packed_PD.new_zeros(*places_BL.shape, packed_PD.shape[-1])
-    rows[places_BL] = packed_PD
+    rows = packed_PD.new_zeros(*size, packed_PD.shape[-1])
+    rows[places] = packed_PD
     return rows
 
 
@@ -429,14 +429,15 @@ class SpeechLlamaForConditionalGeneration(PreTrainedModel):
                 states = _projected(linear, normed_BLD.to(self.speech_dtype), lengths_B).split(size, -1)
                 yield from zip(states[::2], states[1::2], strict=True)
             return
-        places_BL = None
-        if lengths_B is not None and int(lengths_B.min()) < read_BLD.shape[1]:
-            places_BL = padding_mask(lengths_B, read_BLD.shape[1])
-            read_BLD = read_BLD[places_BL]  # (P, D): the places of all rows, one behind the other
+        places: tuple[Tensor, ...] = ()
+        B, L, _ = read_BLD.shape
+        if lengths_B is not None and int(lengths_B.min()) < L:
+            places = padding_mask(lengths_B, L).nonzero(as_tuple=True)  # once: a GPU is waited for
+            read_BLD = read_BLD[places]  # (P, D): the places of all rows, one behind the other
         for layer in layers:
             normed = layer.input_layernorm(read_BLD)
             projections = layer.self_attn.k_proj, layer.self_attn.v_proj
-            keys, values = (_unpacked(project(normed), places_BL) for project in projections)
+            keys, values = (_unpacked(project(normed), places, (B, L)) for project in projections)
             yield keys, values
 
     def read_text(

@@ -1,0 +1,300 @@
+"""Steps that are captured and launched as one say what the same operations say one by one; and all of it on a device.
+
+The device is a pretended one (`pretend_device`): a launch does the recorded operations again, on the same memory.
+"""
+
+import copy
+import gc
+import warnings
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from test_decoding import (
+    AUTOREGRESSIVE,
+    HEAD_TYPES,
+    MAX_TOKENS,
+    VERIFY,
+    V,
+    course,
+    make_prompts,
+    outcome,
+    scripted,
+    take,
+)
+
+import leapasr
+from leapasr.decoding import DecodingLoop, DecodingOptions, SpeechLlamaDecoder, build_loop, decode
+from leapasr.decoding import costs as costs_module
+from leapasr.decoding import graphs as graphs_module
+from leapasr.decoding.costs import can_capture, fastest_ways, measure_costs
+from leapasr.decoding.graphs import Fed, Graphs, as_it_is, rounded_up
+from leapasr.decoding.interface import Ways
+from leapasr.decoding.reference import decode_reference
+from leapasr.decoding.strategies import Verification
+
+pretend = pytest.importorskip("pretend_device", reason="this torch lets no device be pretended", exc_type=ImportError)
+
+STRATEGIES = {
+    "autoregressive": AUTOREGRESSIVE,
+    "verify": VERIFY,
+    "verify heads": replace(VERIFY, drafts="mtp"),
+    "threshold": DecodingOptions(strategy="threshold", threshold=0.02, max_repeats=4),
+    "relaxed": DecodingOptions(strategy="relaxed", ratio=0.2, top=3, max_repeats=4),
+}
+NUM_ROWS = 5
+
+
+@pytest.fixture(autouse=True)
+def few_slots(monkeypatch):
+    monkeypatch.setattr(graphs_module, "SLOTS", 16)
+
+
+@pytest.fixture
+def on_device(build_tiny_model):
+    """Builds a decoder on the device."""
+
+    def build(**fields) -> SpeechLlamaDecoder:
+        return SpeechLlamaDecoder(copy.deepcopy(build_tiny_model(**fields)).to(pretend.NAME))
+
+    return build
+
+
+class Captures:
+    """`pretend.record`, which is counted."""
+
+    def __init__(self):
+        self.number = 0
+
+    def __call__(self, function):
+        self.number += 1
+        return pretend.record(function)
+
+
+def moved(prompts):
+    return replace(
+        prompts, **{name: value.to(pretend.NAME) for name, value in vars(prompts).items() if value is not None}
+    )
+
+
+def run(decoder, prompts, options, references, *, kind="mixed"):
+    drafters = scripted(references, kind, 6) if options.strategy in ("verify", "relaxed") else None
+    return decode(decoder, prompts, options, max_tokens=[MAX_TOKENS] * len(references), drafters=drafters)
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize("fields", [{"head_type": kind} for kind in HEAD_TYPES] + [{"draft_layers": 1}], ids=str)
+def test_captured_steps_say_what_operations_say_one_by_one(build_tiny_model, on_device, name, fields):
+    prompts, options = make_prompts(NUM_ROWS), STRATEGIES[name]
+    plain = SpeechLlamaDecoder(build_tiny_model(**fields))
+    references = decode_reference(plain, prompts, AUTOREGRESSIVE, max_tokens=[MAX_TOKENS] * NUM_ROWS)
+    expected = run(plain, prompts, options, references)
+    decoder = on_device(**fields)
+    for graphs in (None, Graphs(decoder, as_it_is), Graphs(decoder, pretend.record)):
+        decoder.graphs = graphs
+        for _ in range(2):  # the second time with what was captured the first
+            results = run(decoder, moved(prompts), options, references)
+            assert list(map(course, results)) == list(map(course, expected))
+            for result, other in zip(results, expected, strict=True):
+                assert result.log_probabilities == pytest.approx(other.log_probabilities, abs=1e-4, nan_ok=True)
+
+
+def test_what_was_captured_is_used_again(on_device, build_tiny_model):
+    plain, decoder = SpeechLlamaDecoder(build_tiny_model()), on_device()
+    prompts = make_prompts(NUM_ROWS)
+    references = decode_reference(plain, prompts, AUTOREGRESSIVE, max_tokens=[MAX_TOKENS] * NUM_ROWS)
+    captures = Captures()
+    decoder.graphs = Graphs(decoder, captures)
+    run(decoder, moved(prompts), AUTOREGRESSIVE, references)
+    num_calls = max(result.num_calls for result in references)
+    assert 0 < captures.number < num_calls - 1  # the prefill is not captured
+    first = captures.number
+    run(decoder, moved(prompts), AUTOREGRESSIVE, references)
+    assert captures.number == first
+    run(decoder, moved(prompts), replace(AUTOREGRESSIVE, max_repeats=3), references)  # an equal strategy
+    assert captures.number == first
+    run(decoder, moved(prompts), VERIFY, references)
+    assert captures.number > first
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_a_captured_step_goes_to_the_device_once_and_back_once(on_device, build_tiny_model, name):
+    plain, decoder, prompts = SpeechLlamaDecoder(build_tiny_model()), on_device(), make_prompts(1)
+    references = decode_reference(plain, prompts, AUTOREGRESSIVE, max_tokens=[MAX_TOKENS])
+    decoder.graphs = Graphs(decoder, pretend.record)
+    run(decoder, moved(prompts), STRATEGIES[name], references)
+    loop = build_loop(decoder, STRATEGIES[name])
+    drafters = scripted(references, "mixed", 6) if STRATEGIES[name].strategy in ("verify", "relaxed") else None
+    loop.add(moved(prompts), max_tokens=[MAX_TOKENS], drafters=drafters)
+    loop.step()
+    num_steps = 0
+    while loop:
+        pretend.transfers.clear()
+        loop.step()
+        num_steps += 1
+        assert len(pretend.transfers) == 2, pretend.transfers
+    assert num_steps >= 3
+
+
+def test_rows_join_and_leave(on_device, build_tiny_model):
+    """What lies in the room moves when rows join, and closes up when they leave."""
+    plain, decoder, prompts = SpeechLlamaDecoder(build_tiny_model()), on_device(), make_prompts(12)
+    bounds = [MAX_TOKENS - 2 * row for row in range(12)]
+    references = decode_reference(plain, prompts, AUTOREGRESSIVE, max_tokens=bounds)
+    decoder.graphs = Graphs(decoder, pretend.record)
+    loop, results = DecodingLoop(decoder, VERIFY), {}
+    for first, last in ((0, 2), (2, 7), (7, 8), (8, 12)):
+        rows = range(first, last)
+        loop.add(
+            moved(take(prompts, rows)),
+            max_tokens=[bounds[row] for row in rows],
+            drafters=scripted([references[row] for row in rows], "mixed"),
+        )
+        for _ in range(4):
+            results |= loop.step()
+    loop.drop([3])
+    while loop:
+        results |= loop.step()
+    assert results.keys() >= set(range(12)) - {3}
+    for key, result in results.items():
+        assert outcome(result) == outcome(references[key])
+
+
+def test_the_room_is_one_loops_until_it_ends(on_device, build_tiny_model):
+    plain, decoder, prompts = SpeechLlamaDecoder(build_tiny_model()), on_device(), make_prompts(6)
+    references = decode_reference(plain, prompts, AUTOREGRESSIVE, max_tokens=[MAX_TOKENS] * 6)
+    captures = Captures()
+    decoder.graphs = Graphs(decoder, captures)
+    loops, results = [DecodingLoop(decoder, AUTOREGRESSIVE) for _ in range(2)], [{}, {}]
+    for loop, rows in zip(loops, (range(3), range(3, 6)), strict=True):
+        loop.add(moved(take(prompts, rows)), max_tokens=[MAX_TOKENS] * 3)
+    while any(loops):
+        for loop, found in zip(loops, results, strict=True):
+            if loop:
+                found |= loop.step()
+    for found, expected in zip(results, (references[:3], references[3:]), strict=True):
+        assert [outcome(found[key]) for key in range(3)] == list(map(outcome, expected))
+    del loops, loop
+    gc.collect()
+    before = captures.number
+    assert list(map(outcome, run(decoder, moved(take(prompts, [0])), AUTOREGRESSIVE, references[:1]))) == [
+        outcome(references[0])
+    ]
+    assert captures.number >= before
+    assert decoder.graphs._holder() is None
+
+
+def test_a_loop_without_room_makes_its_steps_without(on_device):
+    decoder, prompts = on_device(), moved(make_prompts(1))
+    decoder.graphs = Graphs(decoder, pretend.record)
+    caches = [costs_module._held(decoder, 1) for _ in range(2)]
+    strategy, fed = Verification(num_guesses=0), [Fed(costs_module.SLOTS, 5, 1, [7])]
+    assert decoder.graphs.run(strategy, fed, caches[0]) is not None
+    assert decoder.graphs.run(strategy, fed, caches[1]) is None
+    del caches[0]
+    assert decoder.graphs.run(strategy, fed, caches[0]) is not None
+    assert prompts is not None
+
+
+@pytest.mark.parametrize(
+    ("width", "expected"),
+    [(1, 1), (2, 2), (3, 3), (4, 4), (5, 6), (7, 8), (8, 8), (9, 12), (13, 16), (17, 24), (33, 48)],
+)
+def test_widths_are_rounded_up(width, expected):
+    assert rounded_up(width) == expected
+
+
+# What is found out when a model is loaded.
+
+
+@pytest.fixture
+def capturing(on_device, monkeypatch):
+    """A decoder that takes the device for a GPU."""
+    monkeypatch.setattr("leapasr.decoding.interface.CudaGraphs", lambda device: pretend.record)
+    decoder = on_device()
+    decoder.may_capture = True
+    return decoder
+
+
+@pytest.mark.parametrize("is_faster", [True, False])
+def test_steps_are_captured_where_that_is_faster(capturing, monkeypatch, is_faster):
+    def seconds(decoder, cache, width):
+        return 1.0 if (decoder.graphs is not None) == is_faster else 2.0
+
+    monkeypatch.setattr(costs_module, "_seconds", seconds)
+    assert fastest_ways(capturing) == Ways(captured=is_faster)
+
+
+def test_what_cannot_be_captured_is_not_and_a_warning_says_so(capturing, monkeypatch):
+    def refuse(function):
+        raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+    monkeypatch.setattr("leapasr.decoding.interface.CudaGraphs", lambda device: refuse)
+    with pytest.warns(
+        UserWarning, match="cannot be captured as CUDA graphs here.*not permitted when stream is capturing$"
+    ):
+        assert not fastest_ways(capturing).captured
+
+
+def test_steps_that_say_something_else_captured_are_not_used(capturing, monkeypatch):
+    def stale(function):
+        launch, result = pretend.record(function)
+        return (lambda: None), result  # as if what the graph reads were not what the next step is about
+
+    assert can_capture(capturing)
+    monkeypatch.setattr("leapasr.decoding.interface.CudaGraphs", lambda device: stale)
+    assert not can_capture(capturing)
+
+
+def test_costs_are_those_of_captured_steps(capturing, monkeypatch):
+    capturing.prepare(Ways(captured=True))
+    ran = []
+    monkeypatch.setattr(capturing.graphs, "run", lambda strategy, rows, cache: ran.append(rows) or [])
+    measure_costs(capturing)
+    assert {len(rows) for rows in ran} == set(costs_module.NUM_ROWS)
+    assert {len(row.tokens) for rows in ran for row in rows} == set(costs_module.WIDTHS)
+
+
+# All of it on a device.
+
+
+@pytest.fixture(scope="module")
+def samples(babble):
+    return [babble(seconds, seed) for seed, seconds in enumerate((1.5, 0.7, 2.2))]
+
+
+@pytest.mark.parametrize("is_captured", [False, True])
+@pytest.mark.parametrize("name", [*STRATEGIES, "beam"])
+def test_audio_to_text_on_a_device(tiny_model_folder, samples, name, is_captured, monkeypatch):
+    options = STRATEGIES.get(name, DecodingOptions(strategy="beam", beam_size=3, max_repeats=4))
+    expected = leapasr.load(tiny_model_folder, device="cpu", dtype="float32").transcribe(samples, options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        transcriber = leapasr.load(tiny_model_folder, device=pretend.NAME, dtype="float32")
+        if is_captured:
+            monkeypatch.setattr("leapasr.decoding.interface.CudaGraphs", lambda device: pretend.record)
+            transcriber.decoder.may_capture = True
+            monkeypatch.setattr(
+                "leapasr.transcriber.find_ways", lambda decoder, _: decoder.prepare(Ways(captured=True))
+            )
+            monkeypatch.setattr("leapasr.transcriber.find_costs", lambda *_: costs_module.FREE)
+        results = transcriber.transcribe(samples, options, word_times=True)
+    assert [result.text for result in results] == [other.text for other in expected]
+    assert np.mean([len(result.text) for result in results]) > 0
+
+
+def test_the_device_is_as_strict_as_a_gpu():
+    there, here = torch.ones(3, device=pretend.NAME), torch.ones(3)
+    with pytest.raises(RuntimeError, match="two devices"):
+        there + here
+    with pytest.raises(TypeError, match="none of NumPy's"):
+        there.numpy()
+    for asking in (
+        lambda: there[there > 0],
+        lambda: there.sum() * there.cpu().sum(),
+        lambda: there * here.to(pretend.NAME),
+    ):
+        with pytest.raises(RuntimeError, match="while operations are recorded"):
+            pretend.record(asking)
+    assert V
