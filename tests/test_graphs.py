@@ -5,6 +5,7 @@ The device is a pretended one (`pretend_device`): a launch does the recorded ope
 
 import copy
 import gc
+import importlib.resources
 import warnings
 from dataclasses import replace
 
@@ -23,6 +24,7 @@ from test_decoding import (
     scripted,
     take,
 )
+from test_replay import SMALL, TEXTS
 
 import leapasr
 from leapasr.decoding import DecodingLoop, DecodingOptions, SpeechLlamaDecoder, build_loop, decode
@@ -33,6 +35,7 @@ from leapasr.decoding.graphs import Fed, Graphs, as_it_is, rounded_up
 from leapasr.decoding.interface import Ways
 from leapasr.decoding.reference import decode_reference
 from leapasr.decoding.strategies import Verification
+from leapasr.evaluation import replay as replays
 
 pretend = pytest.importorskip("pretend_device", reason="this torch lets no device be pretended", exc_type=ImportError)
 
@@ -118,6 +121,27 @@ def test_what_was_captured_is_used_again(on_device, build_tiny_model):
     assert captures.number > first
 
 
+def test_what_was_captured_is_let_go_with_a_room_that_is_too_small(on_device, build_tiny_model):
+    plain, decoder, prompts = SpeechLlamaDecoder(build_tiny_model()), on_device(), make_prompts(NUM_ROWS)
+    references = decode_reference(plain, prompts, AUTOREGRESSIVE, max_tokens=[MAX_TOKENS] * NUM_ROWS)
+    decoder.graphs = Graphs(decoder, pretend.record)
+    for rows in ([0], range(NUM_ROWS), [1]):
+        results = run(decoder, moved(take(prompts, rows)), AUTOREGRESSIVE, [references[row] for row in rows])
+        assert list(map(outcome, results)) == [outcome(references[row]) for row in rows]
+
+
+def test_strategies_that_judge_otherwise_have_steps_of_their_own(on_device, build_tiny_model):
+    plain, decoder, prompts = SpeechLlamaDecoder(build_tiny_model()), on_device(), make_prompts(NUM_ROWS)
+    references = decode_reference(plain, prompts, AUTOREGRESSIVE, max_tokens=[MAX_TOKENS] * NUM_ROWS)
+    decoder.graphs, found = Graphs(decoder, pretend.record), []
+    for ratio in (0.0, 1.0):
+        options = DecodingOptions(strategy="relaxed", ratio=ratio, top=V, max_repeats=4)
+        expected = run(plain, prompts, options, references)
+        found.append(list(map(course, run(decoder, moved(prompts), options, references))))
+        assert found[-1] == list(map(course, expected))
+    assert found[0] != found[1]
+
+
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_a_captured_step_goes_to_the_device_once_and_back_once(on_device, build_tiny_model, name):
     plain, decoder, prompts = SpeechLlamaDecoder(build_tiny_model()), on_device(), make_prompts(1)
@@ -186,7 +210,7 @@ def test_the_room_is_one_loops_until_it_ends(on_device, build_tiny_model):
 
 
 def test_a_loop_without_room_makes_its_steps_without(on_device):
-    decoder, prompts = on_device(), moved(make_prompts(1))
+    decoder = on_device()
     decoder.graphs = Graphs(decoder, pretend.record)
     caches = [costs_module._held(decoder, 1) for _ in range(2)]
     strategy, fed = Verification(num_guesses=0), [Fed(costs_module.SLOTS, 5, 1, [7])]
@@ -194,7 +218,6 @@ def test_a_loop_without_room_makes_its_steps_without(on_device):
     assert decoder.graphs.run(strategy, fed, caches[1]) is None
     del caches[0]
     assert decoder.graphs.run(strategy, fed, caches[0]) is not None
-    assert prompts is not None
 
 
 @pytest.mark.parametrize(
@@ -209,12 +232,23 @@ def test_widths_are_rounded_up(width, expected):
 
 
 @pytest.fixture
-def capturing(on_device, monkeypatch):
-    """A decoder that takes the device for a GPU."""
+def as_a_gpu(monkeypatch):
+    """The device can be captured."""
+    monkeypatch.setattr("leapasr.decoding.interface.CAPTURING", (pretend.NAME,))
     monkeypatch.setattr("leapasr.decoding.interface.CudaGraphs", lambda device: pretend.record)
-    decoder = on_device()
-    decoder.may_capture = True
-    return decoder
+
+
+@pytest.fixture
+def capturing(as_a_gpu, on_device):
+    return on_device()
+
+
+def test_other_devices_and_other_architectures_are_not_captured(as_a_gpu, build_tiny_model, on_device):
+    assert on_device().may_capture
+    assert not SpeechLlamaDecoder(build_tiny_model()).may_capture
+    model = copy.deepcopy(build_tiny_model()).to(pretend.NAME)
+    model.decoder.model.rotary_emb.rope_type = "dynamic"  # its turns depend on the longest position so far
+    assert not SpeechLlamaDecoder(model).may_capture
 
 
 @pytest.mark.parametrize("is_faster", [True, False])
@@ -266,22 +300,39 @@ def samples(babble):
 
 @pytest.mark.parametrize("is_captured", [False, True])
 @pytest.mark.parametrize("name", [*STRATEGIES, "beam"])
-def test_audio_to_text_on_a_device(tiny_model_folder, samples, name, is_captured, monkeypatch):
+def test_audio_to_text_on_a_device(as_a_gpu, tiny_model_folder, samples, name, is_captured, monkeypatch):
     options = STRATEGIES.get(name, DecodingOptions(strategy="beam", beam_size=3, max_repeats=4))
     expected = leapasr.load(tiny_model_folder, device="cpu", dtype="float32").transcribe(samples, options)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         transcriber = leapasr.load(tiny_model_folder, device=pretend.NAME, dtype="float32")
-        if is_captured:
-            monkeypatch.setattr("leapasr.decoding.interface.CudaGraphs", lambda device: pretend.record)
-            transcriber.decoder.may_capture = True
-            monkeypatch.setattr(
-                "leapasr.transcriber.find_ways", lambda decoder, _: decoder.prepare(Ways(captured=True))
-            )
-            monkeypatch.setattr("leapasr.transcriber.find_costs", lambda *_: costs_module.FREE)
+        ways = Ways(captured=is_captured)
+        monkeypatch.setattr("leapasr.transcriber.find_ways", lambda decoder, _: decoder.prepare(ways))
+        monkeypatch.setattr("leapasr.transcriber.find_costs", lambda *_: costs_module.FREE)
         results = transcriber.transcribe(samples, options, word_times=True)
     assert [result.text for result in results] == [other.text for other in expected]
     assert np.mean([len(result.text) for result in results]) > 0
+
+
+def test_the_shipped_model_on_a_device(as_a_gpu, monkeypatch):
+    sample = importlib.resources.files("leapasr") / "samples" / "austen-0930.flac"
+    expected = leapasr.load(device="cpu", dtype="float32").transcribe(str(sample))
+    monkeypatch.setattr("leapasr.transcriber.find_ways", lambda decoder, _: decoder.prepare(Ways(captured=True)))
+    monkeypatch.setattr("leapasr.transcriber.find_costs", lambda *_: costs_module.FREE)
+    result = leapasr.load(device=pretend.NAME, dtype="float32").transcribe(str(sample))
+    assert result.text == expected.text
+    assert 1 < result.decoder_calls < result.num_tokens / 3
+    sure, also_sure = ([each.log_probability for each in of.segments[0].trace] for of in (result, expected))
+    assert sure == pytest.approx(also_sure, abs=1e-3)
+
+
+def test_a_replay_runs_captured_and_not(as_a_gpu, monkeypatch):
+    monkeypatch.setitem(replays.SIZES, "small", SMALL)
+    rows = replays.replay(TEXTS, size="small", batch_sizes=[2], rounds=1, device=pretend.NAME)
+    names = ["verify both full", "autoregressive"]
+    expected = [*names, *(f"{name}, not captured" for name in names), "generate"]
+    assert [row.system for row in rows] == [f"replay/{name}" for name in expected]
+    assert rows[0].decoder_calls == rows[2].decoder_calls == sum(len(text.steps) for text in TEXTS)
 
 
 def test_the_device_is_as_strict_as_a_gpu():
@@ -297,4 +348,3 @@ def test_the_device_is_as_strict_as_a_gpu():
     ):
         with pytest.raises(RuntimeError, match="while operations are recorded"):
             pretend.record(asking)
-    assert V

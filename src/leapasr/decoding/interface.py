@@ -22,6 +22,8 @@ from leapasr.model.draft_layers import DraftLayers, read_hidden
 from leapasr.model.mtp_heads import MTPHeads
 from leapasr.model.speech_llama import SpeechLlamaForConditionalGeneration
 
+CAPTURING = ("cuda",)  # devices whose operations can be captured
+
 
 @dataclass(frozen=True)
 class Prompts:
@@ -213,7 +215,7 @@ class CausalLMDecoder:
         self.dtype = causal_lm.dtype
         steady = self._is_lean and LeanLayers.can_be_steady(self.body)
         self.may_round = may_round and steady and can_round(causal_lm)
-        self.may_capture = steady and self.device.type == "cuda"
+        self.may_capture = steady and self.device.type in CAPTURING
         self.prepare(Ways())
 
     @property

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import statistics
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -209,27 +210,36 @@ def _observe(
 
 @contextmanager
 def _forward_seconds(transcriber: Transcriber) -> Iterator[list[float]]:
-    """Seconds of each forward pass of the decoder, and of each evaluation of heads."""
+    """Seconds of each forward pass of the decoder, and of each evaluation of heads; of captured steps, both in one."""
     seconds: list[float] = []
     decoder: Any = transcriber.decoder
+    under_way = threading.local()  # a captured step asks for forward passes itself, and may not be waited for then
 
     def watched(function: Callable) -> Callable:
         def run(*args: Any, **given: Any) -> Any:
-            with timed(decoder.device) as timer:
-                result = function(*args, **given)
+            if getattr(under_way, "is_timed", False):
+                return function(*args, **given)
+            under_way.is_timed = True
+            try:
+                with timed(decoder.device) as timer:
+                    result = function(*args, **given)
+            finally:
+                under_way.is_timed = False
             seconds.append(timer.seconds)
             return result
 
         return run
 
-    names = ("call", "logits", "draft_logits_each")
-    for name in names:
-        setattr(decoder, name, watched(getattr(decoder, name)))
+    parts = [(decoder, name) for name in ("call", "logits", "draft_logits_each")]
+    if decoder.graphs is not None:
+        parts.append((decoder.graphs, "run"))
+    for part, name in parts:
+        setattr(part, name, watched(getattr(part, name)))
     try:
         yield seconds
     finally:
-        for name in names:
-            delattr(decoder, name)
+        for part, name in parts:
+            delattr(part, name)
 
 
 @contextmanager

@@ -46,6 +46,7 @@ NUM_HEADS = 8
 END, WRONG = 0, 300  # a token that is not the one to come is this much larger
 MOST_TOKENS = 256  # whole numbers up to this are exact in bfloat16
 BANDWIDTH_BYTES = 2**29
+UNCAPTURED = ", not captured"
 RECORDED = {
     "verify mtp": DecodingOptions(strategy="verify", drafts="mtp"),
     "verify both full": DecodingOptions(strategy="verify", draft_length="full"),
@@ -155,7 +156,7 @@ def read_trace(path: Path) -> list[RecordedText]:
 class ReplayDecoder(CausalLMDecoder):
     """A decoder of random weights whose head 1 counts down: behind token n it writes n − 1."""
 
-    def __init__(self, causal_lm: PreTrainedModel, mtp_heads: MTPHeads):
+    def __init__(self, causal_lm: PreTrainedModel, mtp_heads: MTPHeads | None):
         super().__init__(causal_lm, mtp_heads)
         self.causal_lm: Any = causal_lm
 
@@ -275,7 +276,9 @@ class _System:
     calls: dict[int, tuple[int, int] | None] = field(default_factory=dict)
 
 
-def _systems(decoder: ReplayDecoder, texts: Sequence[RecordedText]) -> Iterator[_System]:
+def _systems(decoder: ReplayDecoder, texts: Sequence[RecordedText], how: str = "") -> Iterator[_System]:
+    """Each strategy of a trace, and autoregressive decoding; `how` the decoder works is added to their names."""
+
     def decoding(options: DecodingOptions, *, scheduled: bool) -> Callable:
         def run(texts: Sequence[RecordedText], prompts: Prompts) -> tuple[int, int]:
             loop = build_loop(decoder, options, costs=FREE)
@@ -290,13 +293,6 @@ def _systems(decoder: ReplayDecoder, texts: Sequence[RecordedText]) -> Iterator[
 
         return run
 
-    def generate(texts: Sequence[RecordedText], prompts: Prompts) -> None:
-        longest = max(text.num_tokens for text in texts)
-        with torch.inference_mode():
-            decoder.causal_lm.generate(
-                **left_padded(prompts), max_new_tokens=longest, min_new_tokens=longest, do_sample=False
-            )
-
     by_strategy: dict[str, list[RecordedText]] = {}
     for text in texts:
         by_strategy.setdefault(text.strategy, []).append(text)
@@ -304,11 +300,23 @@ def _systems(decoder: ReplayDecoder, texts: Sequence[RecordedText]) -> Iterator[
         both = name.startswith("verify both")
         options = DecodingOptions(strategy="verify", drafts="both" if both else "mtp", max_repeats=None,
                                   draft_length="full" if both else None)  # fmt: skip
-        yield _System(f"replay/{name}", decoding(options, scheduled=True), of_one)
+        yield _System(f"replay/{name}{how}", decoding(options, scheduled=True), of_one)
     plain = DecodingOptions(strategy="autoregressive", max_repeats=None)
     some = next(iter(by_strategy.values()))
-    yield _System("replay/autoregressive", decoding(plain, scheduled=False), some)
-    yield _System("replay/generate", generate, some)
+    yield _System(f"replay/autoregressive{how}", decoding(plain, scheduled=False), some)
+
+
+def _generate(decoder: ReplayDecoder, texts: Sequence[RecordedText]) -> _System:
+    """transformers' own, of the texts of the first strategy."""
+
+    def generate(texts: Sequence[RecordedText], prompts: Prompts) -> None:
+        longest = max(text.num_tokens for text in texts)
+        with torch.inference_mode():
+            decoder.causal_lm.generate(
+                **left_padded(prompts), max_new_tokens=longest, min_new_tokens=longest, do_sample=False
+            )
+
+    return _System("replay/generate", generate, [text for text in texts if text.strategy == texts[0].strategy])
 
 
 def replay(
@@ -322,6 +330,8 @@ def replay(
     progress: Callable[[float], None] | None = None,
 ) -> list[ReplayRow]:
     """Time a trace's strategies, autoregressive decoding and transformers' `generate` on a decoder of `size`.
+
+    Where steps can be captured (`leapasr.decoding.graphs`), ours run so, and once more without.
 
     Args:
         size: one of `SIZES`.
@@ -340,7 +350,13 @@ def replay(
     place = device_of(device)
     decoder = build_decoder(SIZES[size], device=place, dtype=dtype_of(dtype))
     decoder.prepare(Ways(packing="onednn"))
-    systems = list(_systems(decoder, texts))
+    if decoder.may_capture:
+        captured = ReplayDecoder(decoder.causal_lm, decoder.mtp_heads)
+        captured.prepare(Ways(captured=True))
+        systems = [*_systems(captured, texts), *_systems(decoder, texts, UNCAPTURED)]
+    else:
+        systems = list(_systems(decoder, texts))
+    systems.append(_generate(decoder, texts))
     turns = [(round_, batch_size, system) for round_ in range(rounds + 1) for batch_size in batch_sizes
              for system in systems]  # fmt: skip
     for round_, batch_size, system in turns:

@@ -1,0 +1,132 @@
+r"""All that only a GPU can show, in one run: gpu.json and gpu.md.
+
+    python experiments/gpu.py --manifest librispeech/manifest.jsonl --output docs
+
+The shipped model side by side with transformers' `generate`, on the first test utterances; then replays of the same
+utterances' drafts on decoders of larger sizes, random weights, with their floor: reading weights and cache once. Steps
+are captured as CUDA graphs where that is found to be faster; replays run without as well. Files are written after each
+part, so that a run that is cut short leaves what it has. On a CPU (`--device cpu --sizes 125m`) it shows that the
+command works, and no more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from leapasr.evaluation.bench import BenchRow, bench, read_utterances, sizes_of
+from leapasr.evaluation.replay import SIZES, ReplayRow, record, replay
+from leapasr.evaluation.systems import build_systems
+from leapasr.transcriber import load
+
+
+def page(machine: str, measured: Sequence[BenchRow], replays: Sequence[ReplayRow]) -> list[str]:
+    """Markdown of both tables."""
+    lines = [
+        "# On a GPU",
+        "",
+        f"`experiments/gpu.py`, {machine}. The shipped model, {measured[0].num_utterances} utterances "
+        f"({measured[0].audio_seconds:.0f} s), {measured[0].dtype}; medians, and ranges of rounds that take turns:",
+        "",
+        "| system | batch | RTFx (range) | encoder s | decoder s | decoder against `generate` | overhead "
+        "| tokens per call | WER % | same tokens |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in measured:
+        low, high = row.audio_seconds / row.seconds_high, row.audio_seconds / row.seconds_low
+        cells = [
+            row.label,
+            str(row.batch_size),
+            f"{row.rtfx:.0f} ({low:.0f} to {high:.0f})",
+            shown(row.encoder_seconds, "{:.3f}"),
+            shown(row.decoder_seconds, "{:.3f}"),
+            shown(row.speedup_vs_generate, "{:.2f}x"),
+            shown(row.overhead, "{:.0%}"),
+            shown(row.tokens_per_call, "{:.2f}"),
+            f"{100 * row.wer:.1f}",
+            shown(row.same_tokens_as_generate, "{:.0%}"),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += [
+        "",
+        "Replays: decoders of random weights whose calls verify and emit what was recorded; no figure of them is one "
+        "of a model. The floor is the time to read weights and cache once at the bandwidth that was measured.",
+        "",
+        "| replay | batch | decoder s (range) | against `generate` | against autoregressive | tokens per call "
+        "| ms a call | floor ms |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in replays:
+        cells = [
+            f"{row.size}, {row.system.removeprefix('replay/')}",
+            str(row.batch_size),
+            f"{row.decoder_seconds:.2f} ({row.decoder_seconds_low:.2f} to {row.decoder_seconds_high:.2f})",
+            f"{row.speedup_vs_generate:.2f}x",
+            f"{row.speedup_vs_autoregressive:.2f}x",
+            shown(row.tokens_per_call, "{:.2f}"),
+            shown(row.call_ms, "{:.2f}"),
+            f"{row.floor_ms:.2f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def shown(value: float | None, form: str) -> str:
+    return "" if value is None else form.format(value)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--manifest", type=Path, required=True)
+    parser.add_argument("--limit", type=int, default=32)
+    parser.add_argument("--batch-sizes", default="1,8,32")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--sizes", nargs="*", default=list(SIZES), choices=list(SIZES))
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--output", type=Path, required=True)
+    arguments = parser.parse_args()
+    batch_sizes = sizes_of(arguments.batch_sizes)
+    transcriber = load(device=arguments.device, dtype=arguments.dtype)
+    device = transcriber.model.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    machine = f"{name}, torch {torch.__version__}"
+    utterances = read_utterances([arguments.manifest], use="test", limit=arguments.limit)
+    measured = bench(
+        transcriber, build_systems(transcriber), utterances, batch_sizes=batch_sizes, rounds=arguments.rounds
+    )
+    replays: list[ReplayRow] = []
+    arguments.output.mkdir(parents=True, exist_ok=True)
+
+    def write() -> None:
+        found = {
+            "machine": machine,
+            "bench": [asdict(row) for row in measured],
+            "replays": [asdict(row) for row in replays],
+        }
+        (arguments.output / "gpu.json").write_text(json.dumps(found, indent=1) + "\n")
+        (arguments.output / "gpu.md").write_text("\n".join(page(machine, measured, replays)) + "\n")
+
+    write()
+    texts = record(transcriber, utterances)
+    for size in arguments.sizes:
+        replays += replay(
+            texts,
+            size=size,
+            batch_sizes=batch_sizes,
+            rounds=arguments.rounds,
+            device=arguments.device,
+            dtype=arguments.dtype,
+        )
+        write()
+        print(f"{size}: done", flush=True)
+
+
+if __name__ == "__main__":
+    main()
