@@ -26,13 +26,14 @@ from leapasr.evaluation.systems import build_systems
 from leapasr.transcriber import load
 
 
-def page(machine: str, measured: Sequence[BenchRow], replays: Sequence[ReplayRow]) -> list[str]:
+def page(machine: str, captured: bool, measured: Sequence[BenchRow], replays: Sequence[ReplayRow]) -> list[str]:
     """Markdown of both tables."""
     lines = [
         "# On a GPU",
         "",
         f"`experiments/gpu.py`, {machine}. The shipped model, {measured[0].num_utterances} utterances "
-        f"({measured[0].audio_seconds:.0f} s), {measured[0].dtype}; medians, and ranges of rounds that take turns:",
+        f"({measured[0].audio_seconds:.0f} s), {measured[0].dtype}, steps {'' if captured else 'not '}captured; "
+        "medians, and ranges of rounds that take turns:",
         "",
         "| system | batch | RTFx (range) | encoder s | decoder s | decoder against `generate` | overhead "
         "| tokens per call | WER % | same tokens |",
@@ -111,7 +112,9 @@ def main() -> None:
             "replays": [asdict(row) for row in replays],
         }
         (arguments.output / "gpu.json").write_text(json.dumps(found, indent=1) + "\n")
-        (arguments.output / "gpu.md").write_text("\n".join(page(machine, measured, replays)) + "\n")
+        (arguments.output / "gpu.md").write_text(
+            "\n".join(page(machine, transcriber.decoder.ways.captured, measured, replays)) + "\n"
+        )
 
     write()
     texts = record(transcriber, utterances)

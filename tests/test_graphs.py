@@ -7,7 +7,11 @@ import copy
 import gc
 import importlib.resources
 import warnings
+import weakref
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -30,8 +34,9 @@ import leapasr
 from leapasr.decoding import DecodingLoop, DecodingOptions, SpeechLlamaDecoder, build_loop, decode
 from leapasr.decoding import costs as costs_module
 from leapasr.decoding import graphs as graphs_module
+from leapasr.decoding.cache import RaggedCache
 from leapasr.decoding.costs import can_capture, fastest_ways, measure_costs
-from leapasr.decoding.graphs import Fed, Graphs, as_it_is, rounded_up
+from leapasr.decoding.graphs import CaptureError, Fed, Graphs, as_it_is, rounded_up
 from leapasr.decoding.interface import Ways
 from leapasr.decoding.reference import decode_reference
 from leapasr.decoding.strategies import Verification
@@ -64,6 +69,11 @@ def on_device(build_tiny_model):
     return build
 
 
+def captured(decoder) -> Graphs:
+    """Steps that are captured as soon as they are needed."""
+    return Graphs(decoder, lambda: pretend.record, wait=0)
+
+
 class Captures:
     """`pretend.record`, which is counted."""
 
@@ -94,7 +104,7 @@ def test_captured_steps_say_what_operations_say_one_by_one(build_tiny_model, on_
     references = decode_reference(plain, prompts, AUTOREGRESSIVE, max_tokens=[MAX_TOKENS] * NUM_ROWS)
     expected = run(plain, prompts, options, references)
     decoder = on_device(**fields)
-    for graphs in (None, Graphs(decoder, as_it_is), Graphs(decoder, pretend.record)):
+    for graphs in (None, Graphs(decoder, lambda: as_it_is, wait=0), captured(decoder)):
         decoder.graphs = graphs
         for _ in range(2):  # the second time with what was captured the first
             results = run(decoder, moved(prompts), options, references)
@@ -108,7 +118,7 @@ def test_what_was_captured_is_used_again(on_device, build_tiny_model):
     prompts = make_prompts(NUM_ROWS)
     references = decode_reference(plain, prompts, AUTOREGRESSIVE, max_tokens=[MAX_TOKENS] * NUM_ROWS)
     captures = Captures()
-    decoder.graphs = Graphs(decoder, captures)
+    decoder.graphs = Graphs(decoder, lambda: captures, wait=0)
     run(decoder, moved(prompts), AUTOREGRESSIVE, references)
     num_calls = max(result.num_calls for result in references)
     assert 0 < captures.number < num_calls - 1  # the prefill is not captured
@@ -124,7 +134,7 @@ def test_what_was_captured_is_used_again(on_device, build_tiny_model):
 def test_what_was_captured_is_let_go_with_a_room_that_is_too_small(on_device, build_tiny_model):
     plain, decoder, prompts = SpeechLlamaDecoder(build_tiny_model()), on_device(), make_prompts(NUM_ROWS)
     references = decode_reference(plain, prompts, AUTOREGRESSIVE, max_tokens=[MAX_TOKENS] * NUM_ROWS)
-    decoder.graphs = Graphs(decoder, pretend.record)
+    decoder.graphs = captured(decoder)
     for rows in ([0], range(NUM_ROWS), [1]):
         results = run(decoder, moved(take(prompts, rows)), AUTOREGRESSIVE, [references[row] for row in rows])
         assert list(map(outcome, results)) == [outcome(references[row]) for row in rows]
@@ -133,7 +143,7 @@ def test_what_was_captured_is_let_go_with_a_room_that_is_too_small(on_device, bu
 def test_strategies_that_judge_otherwise_have_steps_of_their_own(on_device, build_tiny_model):
     plain, decoder, prompts = SpeechLlamaDecoder(build_tiny_model()), on_device(), make_prompts(NUM_ROWS)
     references = decode_reference(plain, prompts, AUTOREGRESSIVE, max_tokens=[MAX_TOKENS] * NUM_ROWS)
-    decoder.graphs, found = Graphs(decoder, pretend.record), []
+    decoder.graphs, found = captured(decoder), []
     for ratio in (0.0, 1.0):
         options = DecodingOptions(strategy="relaxed", ratio=ratio, top=V, max_repeats=4)
         expected = run(plain, prompts, options, references)
@@ -146,7 +156,7 @@ def test_strategies_that_judge_otherwise_have_steps_of_their_own(on_device, buil
 def test_a_captured_step_goes_to_the_device_once_and_back_once(on_device, build_tiny_model, name):
     plain, decoder, prompts = SpeechLlamaDecoder(build_tiny_model()), on_device(), make_prompts(1)
     references = decode_reference(plain, prompts, AUTOREGRESSIVE, max_tokens=[MAX_TOKENS])
-    decoder.graphs = Graphs(decoder, pretend.record)
+    decoder.graphs = captured(decoder)
     run(decoder, moved(prompts), STRATEGIES[name], references)
     loop = build_loop(decoder, STRATEGIES[name])
     drafters = scripted(references, "mixed", 6) if STRATEGIES[name].strategy in ("verify", "relaxed") else None
@@ -166,8 +176,10 @@ def test_rows_join_and_leave(on_device, build_tiny_model):
     plain, decoder, prompts = SpeechLlamaDecoder(build_tiny_model()), on_device(), make_prompts(12)
     bounds = [MAX_TOKENS - 2 * row for row in range(12)]
     references = decode_reference(plain, prompts, AUTOREGRESSIVE, max_tokens=bounds)
-    decoder.graphs = Graphs(decoder, pretend.record)
+    decoder.graphs = captured(decoder)
     loop, results = DecodingLoop(decoder, VERIFY), {}
+    launched, run_captured = [], decoder.graphs.run
+    decoder.graphs.run = lambda *given: launched.append(run_captured(*given)) or launched[-1]
     for first, last in ((0, 2), (2, 7), (7, 8), (8, 12)):
         rows = range(first, last)
         loop.add(
@@ -183,13 +195,14 @@ def test_rows_join_and_leave(on_device, build_tiny_model):
     assert results.keys() >= set(range(12)) - {3}
     for key, result in results.items():
         assert outcome(result) == outcome(references[key])
+    assert {len(each) for each in launched} > {1, 2, 7}
 
 
 def test_the_room_is_one_loops_until_it_ends(on_device, build_tiny_model):
     plain, decoder, prompts = SpeechLlamaDecoder(build_tiny_model()), on_device(), make_prompts(6)
     references = decode_reference(plain, prompts, AUTOREGRESSIVE, max_tokens=[MAX_TOKENS] * 6)
     captures = Captures()
-    decoder.graphs = Graphs(decoder, captures)
+    decoder.graphs = Graphs(decoder, lambda: captures, wait=0)
     loops, results = [DecodingLoop(decoder, AUTOREGRESSIVE) for _ in range(2)], [{}, {}]
     for loop, rows in zip(loops, (range(3), range(3, 6)), strict=True):
         loop.add(moved(take(prompts, rows)), max_tokens=[MAX_TOKENS] * 3)
@@ -199,25 +212,164 @@ def test_the_room_is_one_loops_until_it_ends(on_device, build_tiny_model):
                 found |= loop.step()
     for found, expected in zip(results, (references[:3], references[3:]), strict=True):
         assert [outcome(found[key]) for key in range(3)] == list(map(outcome, expected))
-    del loops, loop
-    gc.collect()
-    before = captures.number
-    assert list(map(outcome, run(decoder, moved(take(prompts, [0])), AUTOREGRESSIVE, references[:1]))) == [
-        outcome(references[0])
-    ]
-    assert captures.number >= before
-    assert decoder.graphs._holder() is None
+    assert captures.number < sum(result.num_calls for result in references[:3])
 
 
 def test_a_loop_without_room_makes_its_steps_without(on_device):
     decoder = on_device()
-    decoder.graphs = Graphs(decoder, pretend.record)
+    decoder.graphs = captured(decoder)
     caches = [costs_module._held(decoder, 1) for _ in range(2)]
     strategy, fed = Verification(num_guesses=0), [Fed(costs_module.SLOTS, 5, 1, [7])]
     assert decoder.graphs.run(strategy, fed, caches[0]) is not None
     assert decoder.graphs.run(strategy, fed, caches[1]) is None
     del caches[0]
     assert decoder.graphs.run(strategy, fed, caches[0]) is not None
+    del caches
+    assert decoder.graphs._holder() is None
+
+
+def test_a_step_is_captured_when_it_has_been_needed_before(on_device, monkeypatch):
+    decoder, captures = on_device(), Captures()
+    graphs = Graphs(decoder, lambda: captures)
+    cache = costs_module._held(decoder, 1)
+
+    def step(width):
+        fed = [Fed(costs_module.SLOTS, 5, 1, [7] * width)]
+        return graphs.run(Verification(num_guesses=0), fed, cache) is not None, captures.number
+
+    assert [step(1) for _ in range(4)] == [(False, 0), (False, 0), (True, 1), (True, 1)]
+    assert [step(4) for _ in range(3)] == [(False, 1), (False, 1), (True, 2)]
+    monkeypatch.setattr(graphs_module, "MOST_STEPS", 2)
+    assert [step(2) for _ in range(4)] == [(False, 2)] * 4
+    assert step(4) == (True, 2)
+
+
+def test_a_capture_that_fails_is_the_last_and_loses_nothing(on_device, build_tiny_model):
+    plain, decoder, prompts = SpeechLlamaDecoder(build_tiny_model()), on_device(), make_prompts(NUM_ROWS)
+    references = decode_reference(plain, prompts, AUTOREGRESSIVE, max_tokens=[MAX_TOKENS] * NUM_ROWS)
+    num_captured = 0
+
+    def some(function):
+        nonlocal num_captured
+        num_captured += 1
+        if num_captured == 3:
+            raise CaptureError("out of memory")
+        return pretend.record(function)
+
+    decoder.graphs = Graphs(decoder, lambda: some, wait=0)
+    with pytest.warns(UserWarning, match="cannot be captured as CUDA graphs here.*: out of memory$") as warned:
+        results = run(decoder, moved(prompts), VERIFY, references)
+    assert list(map(outcome, results)) == list(map(outcome, references))
+    assert (num_captured, len(warned)) == (3, 1)
+    assert list(map(outcome, run(decoder, moved(prompts), VERIFY, references))) == list(map(outcome, references))
+    assert num_captured == 3
+
+
+def test_a_decoder_is_let_go_with_its_graphs(on_device):
+    decoder = on_device()
+    decoder.graphs = captured(decoder)
+    costs_module._steps(decoder, decoder.graphs, costs_module._held(decoder, 1), 3)
+    seen = weakref.ref(decoder)
+    gc.disable()
+    try:
+        del decoder
+        assert seen() is None
+    finally:
+        gc.enable()
+
+
+def test_nothing_of_an_earlier_row_is_in_sight():
+    """Not even what cannot be masked: 0 · NaN."""
+    room = [(torch.full((2, 1, 8, 4), torch.nan), torch.full((2, 1, 8, 4), torch.nan))]
+    cache = RaggedCache(1)
+    cache.plan(3, torch.float32)
+    cache.update(torch.ones(1, 1, 3, 4), torch.ones(1, 1, 3, 4), 0)
+    cache.commit([3])
+    cache.settle(room, 1)
+    for states in (*room[0], cache.layers[0].keys):
+        assert states[0, 0].sum(-1).tolist() == [4.0] * 3 + [0.0] * 5
+    assert cache.layers[0].keys.data_ptr() == room[0][0].data_ptr()
+    room[0][0][0, 0, 5] = 7.0  # of a draft
+    cache.settle(room, 1)  # is not moved again
+    assert room[0][0][0, 0, 5].tolist() == [7.0] * 4
+
+
+def test_layers_that_hold_a_memory_alone_settle_as_well():
+    room = [(torch.zeros(1, 1, 200, 4), torch.zeros(1, 1, 200, 4)) for _ in range(2)]
+    cache = RaggedCache(1)
+    for width, layers in ((10, (0, 1)), (100, (0,))):  # the text is read by the first layer alone
+        cache.plan(width, torch.float32)
+        for layer in layers:
+            cache.update(torch.ones(1, 1, width, 4), torch.ones(1, 1, width, 4), layer)
+        cache.commit([width])
+    assert cache.layers[1].keys.shape[2] < 110
+    cache.settle(room, 1)
+    assert [int(keys.sum()) for keys, _ in room] == [4 * 110, 4 * 10]
+
+
+class FakeCuda:
+    """What `CudaGraphs` asks of torch.cuda, in the order in which it does."""
+
+    def __init__(self, failing=()):
+        self.said, self.failing = [], failing
+
+    def within(self, name):
+        @contextmanager
+        def manager(*args, **given):
+            self.said.append((f"begin {name}", given))
+            try:
+                yield
+            finally:
+                self.said.append((f"end {name}", {}))
+                if f"end {name}" in self.failing:
+                    raise RuntimeError(f"{name} has ended because of an earlier error")
+
+        return manager
+
+    def as_module(self):
+        stream = SimpleNamespace(wait_stream=lambda other: self.said.append(("wait", {})))
+        return SimpleNamespace(
+            device=self.within("device"),
+            stream=self.within("stream"),
+            graph=self.within("graph"),
+            Stream=lambda: stream,
+            current_stream=lambda: stream,
+            graph_pool_handle=object,
+            CUDAGraph=lambda: SimpleNamespace(replay="replay"),
+        )
+
+
+def test_cuda_captures_on_a_stream_of_its_own_after_a_warm_up(monkeypatch):
+    fake = FakeCuda()
+    monkeypatch.setattr(torch, "cuda", fake.as_module())
+    graphs = graphs_module.CudaGraphs(torch.device("cuda:1"))
+    fake.said.clear()
+    launch, result = graphs(lambda: fake.said.append(("function", {})) or 7)
+    assert (launch, result) == ("replay", 7)
+    assert [name for name, _ in fake.said] == [
+        "begin device", "wait", "begin stream", *["function"] * graphs_module.WARM_UP,
+        "begin graph", "function", "end graph", "end stream", "wait", "end device",
+    ]  # fmt: skip
+    given = dict(fake.said)["begin graph"]
+    assert given == {"pool": graphs._memory, "stream": graphs._stream, "capture_error_mode": "thread_local"}
+
+
+def test_what_ended_a_capture_is_said_and_its_stream_is_left(monkeypatch):
+    fake = FakeCuda(failing=["end graph"])
+    monkeypatch.setattr(torch, "cuda", fake.as_module())
+    graphs, num_run = graphs_module.CudaGraphs(torch.device("cuda")), 0
+
+    def function():
+        nonlocal num_run
+        num_run += 1
+        if num_run > graphs_module.WARM_UP:
+            raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+    fake.said.clear()
+    with pytest.raises(CaptureError, match=r"^operation not permitted when stream is capturing$"):
+        graphs(function)
+    assert [name for name, _ in fake.said][-3:] == ["end graph", "end stream", "end device"]
+    assert not graphs_module._capturing.locked()
 
 
 @pytest.mark.parametrize(
@@ -236,6 +388,7 @@ def as_a_gpu(monkeypatch):
     """The device can be captured."""
     monkeypatch.setattr("leapasr.decoding.interface.CAPTURING", (pretend.NAME,))
     monkeypatch.setattr("leapasr.decoding.interface.CudaGraphs", lambda device: pretend.record)
+    monkeypatch.setattr("leapasr.decoding.interface.Graphs", partial(Graphs, wait=0))
 
 
 @pytest.fixture
@@ -262,7 +415,7 @@ def test_steps_are_captured_where_that_is_faster(capturing, monkeypatch, is_fast
 
 def test_what_cannot_be_captured_is_not_and_a_warning_says_so(capturing, monkeypatch):
     def refuse(function):
-        raise RuntimeError("operation not permitted when stream is capturing\nand more")
+        raise CaptureError("operation not permitted when stream is capturing")
 
     monkeypatch.setattr("leapasr.decoding.interface.CudaGraphs", lambda device: refuse)
     with pytest.warns(
@@ -285,6 +438,7 @@ def test_costs_are_those_of_captured_steps(capturing, monkeypatch):
     capturing.prepare(Ways(captured=True))
     ran = []
     monkeypatch.setattr(capturing.graphs, "run", lambda strategy, rows, cache: ran.append(rows) or [])
+    monkeypatch.setattr(capturing, "logits", None)  # nothing else is timed
     measure_costs(capturing)
     assert {len(rows) for rows in ran} == set(costs_module.NUM_ROWS)
     assert {len(row.tokens) for rows in ran for row in rows} == set(costs_module.WIDTHS)
@@ -328,11 +482,15 @@ def test_the_shipped_model_on_a_device(as_a_gpu, monkeypatch):
 
 def test_a_replay_runs_captured_and_not(as_a_gpu, monkeypatch):
     monkeypatch.setitem(replays.SIZES, "small", SMALL)
+    captures = Captures()
+    monkeypatch.setattr("leapasr.decoding.interface.CudaGraphs", lambda device: captures)
     rows = replays.replay(TEXTS, size="small", batch_sizes=[2], rounds=1, device=pretend.NAME)
     names = ["verify both full", "autoregressive"]
     expected = [*names, *(f"{name}, not captured" for name in names), "generate"]
     assert [row.system for row in rows] == [f"replay/{name}" for name in expected]
     assert rows[0].decoder_calls == rows[2].decoder_calls == sum(len(text.steps) for text in TEXTS)
+    assert captures.number > 3
+    assert [row.speedup_vs_autoregressive for row in rows if "autoregressive" in row.system] == [1.0, 1.0]
 
 
 def test_the_device_is_as_strict_as_a_gpu():

@@ -125,4 +125,4 @@ def timed(device: torch.device) -> Iterator[Timer]:
 
 def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
+        torch.cuda.current_stream(device).synchronize()  # of all streams it may not be asked while one is captured

@@ -164,13 +164,15 @@ class RaggedCache(Cache):
     def settle(self, room: Sequence[tuple[Tensor, Tensor]], width: int) -> None:
         """Lie in the first rows of `room`, keys and values of each layer; a call of `width` inputs will write there.
 
-        What lies there already is not moved.
+        What lies there already is not moved. Behind what is moved there are zeros, whatever others have left there.
         """
-        num_rows, num_held = len(self.lengths), max(self.lengths)
+        num_rows = len(self.lengths)
         for layer, (keys, values) in zip(self.layers, room, strict=False):
             if layer.keys.data_ptr() != keys.data_ptr():
-                keys[:num_rows, :, :num_held] = layer.keys[:, :, :num_held]
-                values[:num_rows, :, :num_held] = layer.values[:, :, :num_held]
+                num_held = min(max(self.lengths), layer.keys.shape[2])  # fewer where a layer is not asked for text
+                for to, held in ((keys, layer.keys), (values, layer.values)):
+                    to[:num_rows, :, :num_held] = held[:, :, :num_held]
+                    to[:num_rows, :, num_held:] = 0
             layer.keys, layer.values = keys[:num_rows], values[:num_rows]
         self._write.width = width
 
@@ -200,7 +202,8 @@ class RaggedCache(Cache):
     def join(self, other: RaggedCache) -> None:
         """Put the rows of `other`, which has run through the same decoder, behind the rows of this cache.
 
-        `other` is empty then: what it held is let go layer by layer, so that there are never two of all of it.
+        `other` is empty then: what it held is let go layer by layer, so that there are never two of all of it
+        beside a room that it may lie in.
         """
         for mine, theirs in zip(self.layers, other.layers, strict=True):
             mine.keys, mine.values = _joined(mine.keys, theirs.keys), _joined(mine.values, theirs.values)

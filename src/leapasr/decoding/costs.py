@@ -13,7 +13,6 @@ import json
 import os
 import platform
 import time
-import warnings
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from typing import Any, TypeVar
 import torch
 
 from leapasr.decoding.cache import RaggedCache
-from leapasr.decoding.graphs import Fed, Graphs, as_it_is
+from leapasr.decoding.graphs import WAIT, Fed, Graphs, as_it_is
 from leapasr.decoding.interface import Decoder, Prompts, Ways
 from leapasr.decoding.packing import PACKINGS
 from leapasr.decoding.reading import Reading
@@ -113,7 +112,8 @@ def measure_costs(decoder: Decoder) -> CallCosts:
 
 
 def _quickest(decoder: Decoder, cache: RaggedCache, width: int) -> float:
-    _seconds(decoder, cache, width)  # kernels are built, room is made
+    for _ in range(1 if decoder.graphs is None else WAIT + 1):
+        _seconds(decoder, cache, width)  # kernels are built, room is made, steps are captured
     seconds: list[float] = []
     while len(seconds) < REPETITIONS and sum(seconds) < PATIENCE:
         seconds.append(_seconds(decoder, cache, width))
@@ -142,23 +142,21 @@ def _call(decoder: Decoder, cache: RaggedCache, tokens_BW: torch.Tensor) -> torc
     return decoder.call(decoder.embed(tokens_BW, positions_BW), positions_BW, mask_B1WS, cache)
 
 
-def _steps(decoder: Decoder, graphs: Graphs, cache: RaggedCache, width: int) -> list[Reading]:
-    """What a step of this width says, of which one token is known."""
+def _steps(decoder: Decoder, graphs: Graphs, cache: RaggedCache, width: int) -> list[Reading] | None:
+    """What a captured step of this width says, of which one token is known; None if it is not captured."""
     strategy = Verification(num_guesses=min(LEADING, decoder.num_heads - 1))
     rows = [
         Fed(held, held, 1, [token % decoder.vocab_size for token in range(held, held + width)])
         for held in cache.lengths
     ]
-    said = graphs.run(strategy, rows, cache)
-    assert said is not None, "another loop is under way with this decoder"
-    return said
+    return graphs.run(strategy, rows, cache)
 
 
 def _seconds(decoder: Decoder, cache: RaggedCache, width: int) -> float:
     start = time.perf_counter()
-    if decoder.graphs is not None:
-        _steps(decoder, decoder.graphs, cache, width)
+    if decoder.graphs is not None and _steps(decoder, decoder.graphs, cache, width) is not None:
         return time.perf_counter() - start
+    start = time.perf_counter()
     hidden_BWD = _call(decoder, cache, _zeros(decoder, cache, width))
     best_BW = argmax(decoder.logits(hidden_BWD, exact=False))
     best_BW.tolist()
@@ -194,32 +192,28 @@ def fastest_ways(decoder: Decoder) -> Ways:
 
 @torch.inference_mode()
 def can_capture(decoder: Decoder) -> bool:
-    """Whether captured steps say what the same operations say one by one; with a warning where they cannot be captured.
-
-    `decoder` works in captured steps then.
-    """
-    try:
-        decoder.prepare(Ways(captured=True))
-        assert decoder.graphs is not None
-        said = [_said(decoder, graphs) for graphs in (decoder.graphs, Graphs(decoder, as_it_is))]
-    except RuntimeError as error:
-        reason = str(error).strip().partition("\n")[0]
-        warnings.warn(
-            f"decoder calls cannot be captured as CUDA graphs here, and take longer without: {reason}", stacklevel=2
-        )
-        return False
-    return all(
+    """Whether steps can be captured, and say then what the same operations say one by one; `decoder` captures then."""
+    decoder.prepare(Ways(captured=True))
+    assert decoder.graphs is not None
+    captured, plain = (
+        _said(decoder, Graphs(decoder, new_capture, wait=0))
+        for new_capture in (decoder.graphs.new_capture, lambda: as_it_is)
+    )
+    return len(captured) == len(plain) and all(
         abs(one - other) <= SAME
-        for captured, plain in zip(*said, strict=True)
-        for one, other in zip(captured.log_probabilities, plain.log_probabilities, strict=True)
+        for reading, expected in zip(captured, plain, strict=True)
+        for one, other in zip(reading.log_probabilities, expected.log_probabilities, strict=True)
     )
 
 
 def _said(decoder: Decoder, graphs: Graphs) -> list[Reading]:
-    """What steps of several widths say, one behind the other."""
-    cache, said = _held(decoder, 1), []
+    """What steps of several widths say, one behind the other, up to the first that cannot be captured."""
+    cache, said = _held(decoder, 1), list[Reading]()
     for width in CAPTURED_WIDTHS:
-        said += _steps(decoder, graphs, cache, width)
+        reading = _steps(decoder, graphs, cache, width)
+        if reading is None:
+            break
+        said += reading
         cache.commit([width])
     return said
 
@@ -249,7 +243,7 @@ def find_ways(decoder: Decoder, description: str) -> Ways:
     Args:
         description: tells the model's shape from others.
     """
-    facts = (*_facts(decoder, description), decoder.may_round)
+    facts = (*_facts(decoder, description), decoder.may_round, decoder.may_capture)
     ways = _remembered("ways", facts, lambda: fastest_ways(decoder), lambda fields: Ways(**fields))
     decoder.prepare(ways)
     return ways

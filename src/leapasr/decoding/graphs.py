@@ -12,7 +12,9 @@ of a head.
 from __future__ import annotations
 
 import threading
+import warnings
 import weakref
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -29,9 +31,13 @@ if TYPE_CHECKING:
 SLOTS = 128  # numbers of slots in sight are multiples of these
 ROOM = 4  # times that: those of the room
 WARM_UP = 2  # runs before a capture, in which libraries choose their kernels and take their memory
+WAIT = 2  # times that a step of some shape is made without before it is captured, which takes longer than to make it
+MOST_STEPS = 512  # that are kept; further shapes are made without
 
 Launch = Callable[[], object]
 Capture = Callable[[Callable[[], Tensor]], tuple[Launch, Tensor]]
+
+_capturing = threading.Lock()  # a process captures one thing at a time
 
 
 class Fed(NamedTuple):
@@ -59,27 +65,42 @@ class _Step(NamedTuple):
     launch: Launch
 
 
+class CaptureError(RuntimeError):
+    """Operations cannot be captured; why."""
+
+
 class CudaGraphs:
     """Captures what a function asks of `device`; what it gave is then given anew by each launch, at the same address.
 
-    The function must read and write tensors that keep their places, and neither wait for the device nor ask it.
+    The function must read and write tensors that keep their places, and neither wait for the device nor ask it. What is
+    captured shares its memory, so that one launch has to be read before the next.
+
+    Raises:
+        CaptureError: (when called) it cannot be captured.
     """
 
     def __init__(self, device: torch.device):
-        self._device, self._memory = device, torch.cuda.graph_pool_handle()  # one graph runs at a time: they share it
+        self._device = device
+        with torch.cuda.device(device):
+            self._stream, self._memory = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
 
     def __call__(self, function: Callable[[], Tensor]) -> tuple[Launch, Tensor]:
-        with torch.cuda.device(self._device):
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                for _ in range(WARM_UP):
-                    function()
-            torch.cuda.current_stream().wait_stream(stream)
+        with _capturing, torch.cuda.device(self._device):
             graph = torch.cuda.CUDAGraph()
-            # other threads may use the device meanwhile
-            with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
-                result = function()
+            self._stream.wait_stream(torch.cuda.current_stream())
+            try:
+                with torch.cuda.stream(self._stream):  # left even if the capture's own end fails
+                    for _ in range(WARM_UP):
+                        function()
+                    # other threads may use the device meanwhile
+                    with torch.cuda.graph(
+                        graph, pool=self._memory, stream=self._stream, capture_error_mode="thread_local"
+                    ):
+                        result = function()
+            except RuntimeError as error:
+                reason = error.__context__ or error  # what ended the capture, not that it has ended
+                raise CaptureError(str(reason).strip().partition("\n")[0]) from error
+            torch.cuda.current_stream().wait_stream(self._stream)
         return graph.replay, result
 
 
@@ -90,28 +111,34 @@ def as_it_is(function: Callable[[], Tensor]) -> tuple[Launch, Tensor]:
 
 
 class Graphs:
-    """Steps of one decoder, captured as they are first needed.
+    """Steps of one decoder, captured when they are needed time and again.
 
     One cache at a time lies in the room: that of the loop that came first, until it ends. Memory of the room, the
     largest that was needed so far, is kept for the next one.
 
     Args:
-        decoder: whose calls neither wait for the device nor depend on anything but their inputs and the cache.
-        capture: `CudaGraphs`, or what stands for it.
+        decoder: whose calls neither wait for the device nor depend on anything but their inputs and the cache. It keeps
+            these graphs, which do not keep it.
+        new_capture: gives a `CudaGraphs`, or what stands for it, for each room.
+        wait: times that a step of some shape is left to others before it is captured.
     """
 
-    def __init__(self, decoder: Decoder, capture: Capture):
-        self._decoder, self._capture = decoder, capture
+    def __init__(self, decoder: Decoder, new_capture: Callable[[], Capture], *, wait: int = WAIT):
+        self._decoder: Decoder = weakref.proxy(decoder)
+        self.new_capture, self._wait = new_capture, wait
         self._steps: dict[tuple[Strategy, int, int, int], _Step] = {}
+        self._num_wanted: Counter[tuple[Strategy, int, int, int]] = Counter()
         self._room: list[tuple[Tensor, Tensor]] = []  # keys and values of each layer, (B, H, S, D)
         self._holder: Callable[[], RaggedCache | None] = lambda: None
+        self._can_capture = True
         self._lock = threading.Lock()
 
     def run(self, strategy: Strategy, rows: Sequence[Fed], cache: RaggedCache) -> list[Reading] | None:
         """One step: what the call says of each row; `cache` is written, not committed.
 
         Returns:
-            None where the room is another cache's: the step is to be made without.
+            None where the step is to be made without: it is not worth capturing, cannot be captured (a warning has said
+            so), or the room is another cache's.
         """
         with self._lock:
             if self._holder() not in (None, cache):
@@ -119,18 +146,35 @@ class Graphs:
             num_rows = 2 ** (len(rows) - 1).bit_length()
             width = rounded_up(max(len(row.tokens) for row in rows))
             num_slots = -(-(max(row.held for row in rows) + width) // SLOTS) * SLOTS
+            key = strategy, num_rows, width, num_slots
+            self._num_wanted[key] += 1
+            if not self._is_worth_capturing(key):
+                return None
             self._make_room(cache, num_rows, num_slots)
             cache.settle(self._room, width)
             self._holder = weakref.ref(cache)
             lines = [*rows, *[NOTHING] * (num_rows - len(rows))]
             inputs_BC = torch.tensor([_inputs(line, width) for line in lines])
-            key = strategy, num_rows, width, num_slots
             step = self._steps.get(key)
             if step is None:
-                step = self._steps[key] = self._captured(strategy, inputs_BC.to(self._decoder.device), num_slots)
+                try:
+                    step = self._captured(strategy, inputs_BC.to(self._decoder.device), num_slots)
+                except CaptureError as error:
+                    self._can_capture = False
+                    warnings.warn(
+                        f"decoder calls cannot be captured as CUDA graphs here, and take longer without: {error}",
+                        stacklevel=2,
+                    )
+                    return None
+                self._steps[key] = step
             step.inputs_BC.copy_(inputs_BC)
             step.launch()
             return readings(step.table.cpu(), step.widths)[: len(rows)]
+
+    def _is_worth_capturing(self, key: tuple[Strategy, int, int, int]) -> bool:
+        if key in self._steps:
+            return True
+        return self._can_capture and self._num_wanted[key] > self._wait and len(self._steps) < MOST_STEPS
 
     def _make_room(self, cache: RaggedCache, num_rows: int, num_slots: int) -> None:
         """Room for all layers of `cache`; what was captured is of no use where it has to be another."""
@@ -143,6 +187,7 @@ class Graphs:
         for keys, _ in self._room:
             num_rows, num_slots = max(num_rows, keys.shape[0]), max(num_slots, keys.shape[2])
         self._steps.clear()
+        self._capture: Capture = self.new_capture()  # with memory of its own: that of graphs that are gone may be gone
 
         def empty(states: Tensor) -> Tensor:  # zeros, for what was never written passes through a mask, too
             return states.new_zeros(num_rows, states.shape[1], num_slots, states.shape[3])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -266,7 +267,7 @@ class CausalLMDecoder:
         if self._is_lean:
             self._lean = LeanLayers(self.body, self.draft_layers, Packer(ways.packing, ways.rounded))
         if ways.captured:
-            self.graphs = Graphs(self, CudaGraphs(self.device))
+            self.graphs = Graphs(self, partial(CudaGraphs, self.device))
 
     def logits(self, hidden: Tensor, *, exact: bool = True) -> Tensor:
         own = hidden[..., : self.lm_head.in_features]

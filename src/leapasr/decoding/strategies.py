@@ -6,7 +6,7 @@ Shapes: B rows, J drafted tokens, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import takewhile
 
 from torch import Tensor
@@ -21,7 +21,7 @@ LEADING = 2  # guesses of heads that go before CTC's tokens at most
 class Strategy:
     """The role: what the loop asks before and after each decoder call. By default nothing is drafted or trusted.
 
-    Strategies of which nothing can be told apart are equal, and share what is captured of their steps (`graphs`).
+    Strategies that ask the same of the device are equal, and share what is captured of their steps (`graphs`).
 
     Attributes:
         num_guesses: heads behind head 1 to evaluate after each call.
@@ -67,7 +67,7 @@ class Threshold(Strategy):
     """
 
     num_guesses: int = 0
-    threshold: float
+    threshold: float = field(compare=False)  # the host's business
     trusts_heads = True
 
     def num_trusted(self, guesses: Sequence[DraftToken]) -> int:

@@ -39,7 +39,8 @@ class BenchRow:
         encoder_seconds: features and encoder; decoder_seconds: the decoder and all around it. None of faster-whisper.
         seconds, seconds_low, seconds_high: samples to text; median and range.
         overhead: share of `decoder_seconds` spent outside the decoder's own forward passes and its heads, from a run
-            that is not among the timed ones; None of others than leapasr.
+            that is not among the timed ones; None of others than leapasr. Captured steps (`leapasr.decoding.graphs`)
+            are inside as a whole, what goes to the GPU and comes back included.
         rtfx: audio seconds ÷ `seconds`.
         decoder_calls: summed over rows. tokens_per_call: emitted tokens, end-of-text included, ÷ calls.
         wer: word error rate, a fraction of one.
