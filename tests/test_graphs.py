@@ -386,9 +386,9 @@ def test_widths_are_rounded_up(width, expected):
 @pytest.fixture
 def as_a_gpu(monkeypatch):
     """The device can be captured."""
-    monkeypatch.setattr("leapasr.decoding.interface.CAPTURING", (pretend.NAME,))
-    monkeypatch.setattr("leapasr.decoding.interface.CudaGraphs", lambda device: pretend.record)
-    monkeypatch.setattr("leapasr.decoding.interface.Graphs", partial(Graphs, wait=0))
+    monkeypatch.setattr("leapasr.decoding.causal_lm.CAPTURING", (pretend.NAME,))
+    monkeypatch.setattr("leapasr.decoding.causal_lm.CudaGraphs", lambda device: pretend.record)
+    monkeypatch.setattr("leapasr.decoding.causal_lm.Graphs", partial(Graphs, wait=0))
 
 
 @pytest.fixture
@@ -417,7 +417,7 @@ def test_what_cannot_be_captured_is_not_and_a_warning_says_so(capturing, monkeyp
     def refuse(function):
         raise CaptureError("operation not permitted when stream is capturing")
 
-    monkeypatch.setattr("leapasr.decoding.interface.CudaGraphs", lambda device: refuse)
+    monkeypatch.setattr("leapasr.decoding.causal_lm.CudaGraphs", lambda device: refuse)
     with pytest.warns(
         UserWarning, match="cannot be captured as CUDA graphs here.*not permitted when stream is capturing$"
     ):
@@ -430,7 +430,7 @@ def test_steps_that_say_something_else_captured_are_not_used(capturing, monkeypa
         return (lambda: None), result  # as if what the graph reads were not what the next step is about
 
     assert can_capture(capturing)
-    monkeypatch.setattr("leapasr.decoding.interface.CudaGraphs", lambda device: stale)
+    monkeypatch.setattr("leapasr.decoding.causal_lm.CudaGraphs", lambda device: stale)
     assert not can_capture(capturing)
 
 
@@ -483,7 +483,7 @@ def test_the_shipped_model_on_a_device(as_a_gpu, monkeypatch):
 def test_a_replay_runs_captured_and_not(as_a_gpu, monkeypatch):
     monkeypatch.setitem(replays.SIZES, "small", SMALL)
     captures = Captures()
-    monkeypatch.setattr("leapasr.decoding.interface.CudaGraphs", lambda device: captures)
+    monkeypatch.setattr("leapasr.decoding.causal_lm.CudaGraphs", lambda device: captures)
     rows = replays.replay(TEXTS, size="small", batch_sizes=[2], rounds=1, device=pretend.NAME)
     names = ["verify both full", "autoregressive"]
     expected = [*names, *(f"{name}, not captured" for name in names), "generate"]

@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 from leapasr.decoding import DecodingOptions, SpeechLlamaDecoder, decode
 from leapasr.decoding.cache import RaggedCache
+from leapasr.decoding.causal_lm import CausalLMDecoder
 from leapasr.decoding.costs import steady
-from leapasr.decoding.interface import CausalLMDecoder, Ways
+from leapasr.decoding.interface import Ways
 from leapasr.decoding.lean import TABLE_SIZE, LeanLayers, _steady_attention
 from leapasr.decoding.packing import LEFT_FREE, PACKINGS, Packer, pack, rounded
 from leapasr.model.argmax import argmax

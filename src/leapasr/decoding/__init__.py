@@ -1,7 +1,8 @@
 """Decoding: from prompt embeddings to token ids. Sees ids, never text."""
 
 from leapasr.decoding.batch import build_loop, decode
-from leapasr.decoding.interface import CausalLMDecoder, Decoder, Prompts, SpeechLlamaDecoder
+from leapasr.decoding.causal_lm import CausalLMDecoder, SpeechLlamaDecoder
+from leapasr.decoding.interface import Decoder, Prompts
 from leapasr.decoding.loop import DecodingLoop
 from leapasr.decoding.options import DecodingOptions, DecodingResult, Hypothesis
 

@@ -16,17 +16,15 @@ import warnings
 import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from leapasr.decoding.cache import RaggedCache
+from leapasr.decoding.interface import Decoder
 from leapasr.decoding.reading import Reading, joined, look, readings
 from leapasr.decoding.strategies import Strategy
-
-if TYPE_CHECKING:
-    from leapasr.decoding.interface import Decoder
 
 SLOTS = 128  # numbers of slots in sight are multiples of these
 ROOM = 4  # times that: those of the room

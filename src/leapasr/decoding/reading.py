@@ -8,19 +8,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from leapasr.decoding.interface import Decoder
 from leapasr.decoding.rewriting import Verdict
 from leapasr.decoding.strategies import Strategy
 from leapasr.decoding.trace import DraftToken
 from leapasr.model.argmax import argmax
 from leapasr.model.precision import as_scores
-
-if TYPE_CHECKING:
-    from leapasr.decoding.interface import Decoder
 
 NUM_MISTAKES = 8  # of a draft of heads, at which head 2 is asked what it hears
 MAX_VOCAB_SIZE = 2**24  # ids travel to the host as float32, which is exact up to here

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from leapasr.decoding.interface import CausalLMDecoder, Prompts
+from leapasr.decoding.causal_lm import CausalLMDecoder
+from leapasr.decoding.interface import Prompts
 from leapasr.model.mtp_heads import MTPHeads
 
 SPEECH_LLMS = ("granite_speech", "qwen3_asr", "voxtral", "qwen2_audio")  # that were tested

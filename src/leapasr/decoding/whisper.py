@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from transformers import WhisperForConditionalGeneration
 
 from leapasr.decoding.cache import RaggedCache
-from leapasr.decoding.graphs import Graphs
 from leapasr.decoding.interface import Prompts, Ways
 from leapasr.decoding.packing import Packer, Product
 from leapasr.decoding.unembedding import RoughUnembedding
@@ -40,7 +39,7 @@ class WhisperTextDecoder:
     """
 
     may_round = may_capture = False
-    graphs: Graphs | None = None
+    graphs = None
 
     def __init__(
         self,

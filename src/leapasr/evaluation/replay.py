@@ -30,9 +30,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from leapasr.chunks import by_length
 from leapasr.decoding import DecodingOptions, DecodingResult, Prompts
 from leapasr.decoding.batch import build_loop
+from leapasr.decoding.causal_lm import CausalLMDecoder
 from leapasr.decoding.costs import FREE, can_capture
 from leapasr.decoding.drafts import Drafter, MTPDrafter
-from leapasr.decoding.interface import CausalLMDecoder, Ways
+from leapasr.decoding.interface import Ways
 from leapasr.decoding.rewriting import Verdict
 from leapasr.decoding.trace import DraftToken
 from leapasr.evaluation.bench import Utterances
