@@ -108,6 +108,7 @@ def main() -> None:
     def write() -> None:
         found = {
             "machine": machine,
+            "ways": asdict(transcriber.decoder.ways),
             "bench": [asdict(row) for row in measured],
             "replays": [asdict(row) for row in replays],
         }
