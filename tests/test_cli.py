@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import time
 import tracemalloc
 from pathlib import Path
 
@@ -20,6 +21,7 @@ import leapasr
 from leapasr.audio import SAMPLE_RATE, read_audio
 from leapasr.cli import app
 from leapasr.decoding import DecodingOptions
+from leapasr.decoding.costs import FREE
 from leapasr.model.processing import SpeechLlamaProcessor
 from leapasr.transcriber import load
 
@@ -89,6 +91,25 @@ def test_text_and_summary(run, transcriber, recordings):
     plain = run("transcribe", recordings / "deep" / "b.wav", "--strategy", "autoregressive")
     assert plain.stdout == result.stdout
     assert f"{expected.num_tokens} decoder calls, autoregressive {expected.num_tokens} (" in plain.stderr
+
+
+def test_what_a_machine_is_measured_for_once_is_told_apart(run, recordings, monkeypatch):
+    clock, ahead = time.perf_counter, 0
+
+    def measured(*_):
+        nonlocal ahead
+        ahead += 1000
+        return FREE
+
+    monkeypatch.setattr(time, "perf_counter", lambda: clock() + ahead)
+    monkeypatch.setattr("leapasr.transcriber.find_costs", measured)
+    summary = run("transcribe", recordings / "deep" / "b.wav").stderr
+    told = re.search(r"in (\d+\.\d+) s .*; (\d+\.\d+) s more, this once, to find out what is fastest", summary)
+    assert told, summary
+    seconds, measuring = map(float, told.groups())
+    assert measuring >= 1000 > seconds
+    monkeypatch.setattr("leapasr.transcriber.find_costs", lambda *_: FREE)
+    assert "this once" not in run("transcribe", recordings / "deep" / "b.wav").stderr
 
 
 @pytest.mark.parametrize(

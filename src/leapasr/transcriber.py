@@ -9,6 +9,7 @@ import importlib.resources
 import os
 import re
 import threading
+import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -100,6 +101,7 @@ class Transcriber:
 
     Attributes:
         dtype: that the model computes in, by the names of `load`.
+        measuring_seconds: spent so far on finding out what is fastest on this machine, which is kept for the next time.
     """
 
     decoder: Decoder
@@ -124,6 +126,7 @@ class Transcriber:
         self._ways: Ways | None = None
         self._costs: dict[int, CallCosts] = {}  # by numbers of cores
         self._costs_lock = threading.Lock()
+        self.measuring_seconds = 0.0
 
     @property
     def rules(self) -> Rules | None:
@@ -135,10 +138,12 @@ class Transcriber:
         """Of decoder calls on so many cores as this thread has: measured when first asked for, then kept in a file."""
         num_cores = torch.get_num_threads()
         with self._costs_lock:
+            start = time.perf_counter()
             if self._ways is None:
                 self._ways = find_ways(self.decoder, self._shape)
             if num_cores not in self._costs:
                 self._costs[num_cores] = find_costs(self.decoder, self._shape, self._ways)
+            self.measuring_seconds += time.perf_counter() - start
             return self._costs[num_cores]
 
     @property

@@ -37,10 +37,10 @@ SLOTS = 128  # in the cache when a call is timed
 CARRIED = 0.5  # of a drafted token's worth is left behind a mistake: the call that finds it corrects the rest
 MAX_TOKENS = 256  # in a call that is timed: wider ones cost what a straight line says
 REPETITIONS = 5  # of which the quickest counts: others may have been disturbed
-PATIENCE = 0.3  # seconds after which a call is not repeated
+PATIENCE = 0.1  # seconds after which a call is not repeated
 CAPTURED_WIDTHS = (1, 5, 5, 1)  # of steps that have to say the same captured and not
 SAME = 0.05  # natural logs by which they may differ
-STEADY_ROWS, STEADY_WIDTHS = (1, 3), (100, 1, 5, 14)  # of calls that have to give what calls for one input give
+STEADY_ROWS, STEADY_WIDTHS = (1, 3), (50, 1, 5, 14)  # of calls that have to give what calls for one input give
 
 Found = TypeVar("Found", Ways, "CallCosts")
 
@@ -125,10 +125,11 @@ def _empty_cache(decoder: Decoder, num_rows: int) -> RaggedCache:
 
 
 def _held(decoder: Decoder, num_rows: int) -> RaggedCache:
-    """A cache that holds `SLOTS` of each row."""
-    cache = _empty_cache(decoder, num_rows)
+    """A cache that holds `SLOTS` of each row, all alike."""
+    cache = _empty_cache(decoder, 1)
     _call(decoder, cache, _zeros(decoder, cache, SLOTS))
-    cache.commit([SLOTS] * num_rows)
+    cache.commit([SLOTS])
+    cache.select([0] * num_rows)
     return cache
 
 
