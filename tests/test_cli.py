@@ -96,9 +96,10 @@ def test_text_and_summary(run, transcriber, recordings):
 def test_what_a_machine_is_measured_for_once_is_told_apart(run, recordings, monkeypatch):
     clock, ahead = time.perf_counter, 0
 
-    def measured(*_):
+    def measured(decoder, description, ways, spend):
         nonlocal ahead
         ahead += 1000
+        spend(1000.0)
         return FREE
 
     monkeypatch.setattr(time, "perf_counter", lambda: clock() + ahead)

@@ -120,7 +120,7 @@ def test_measured_costs_rise(decoder):
 def test_calls_too_wide_to_wait_for_lie_on_the_line_before_them(decoder, monkeypatch):
     timed = []
 
-    def seconds(decoder, cache, width):
+    def seconds(decoder, graphs, cache, width):
         timed.append((len(cache.lengths), width))
         return 1.0 + len(cache.lengths) * width
 
@@ -136,7 +136,7 @@ def test_calls_too_wide_to_wait_for_lie_on_the_line_before_them(decoder, monkeyp
 def test_the_fastest_ways_are_found(decoder, monkeypatch, fastest):
     taken = []
 
-    def seconds(decoder, cache, width):
+    def seconds(decoder, graphs, cache, width):
         return 1.0 + (taken[-1].packing != fastest.packing) + (taken[-1].rough != fastest.rough)
 
     monkeypatch.setattr(decoder, "prepare", taken.append)

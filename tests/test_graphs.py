@@ -35,12 +35,13 @@ from leapasr.decoding import DecodingLoop, DecodingOptions, SpeechLlamaDecoder, 
 from leapasr.decoding import costs as costs_module
 from leapasr.decoding import graphs as graphs_module
 from leapasr.decoding.cache import RaggedCache
-from leapasr.decoding.costs import can_capture, fastest_ways, measure_costs
+from leapasr.decoding.costs import can_capture, fastest_ways, find_ways, measure_costs
 from leapasr.decoding.graphs import CaptureError, Fed, Graphs, as_it_is, rounded_up
 from leapasr.decoding.interface import Ways
 from leapasr.decoding.reference import decode_reference
 from leapasr.decoding.strategies import Verification
 from leapasr.evaluation import replay as replays
+from leapasr.running import timed
 
 pretend = pytest.importorskip("pretend_device", reason="this torch lets no device be pretended", exc_type=ImportError)
 
@@ -344,7 +345,13 @@ def test_cuda_captures_on_a_stream_of_its_own_after_a_warm_up(monkeypatch):
     monkeypatch.setattr(torch, "cuda", fake.as_module())
     graphs = graphs_module.CudaGraphs(torch.device("cuda:1"))
     fake.said.clear()
-    launch, result = graphs(lambda: fake.said.append(("function", {})) or 7)
+
+    def function():
+        assert graphs_module._capturing.locked()
+        fake.said.append(("function", {}))
+        return 7
+
+    launch, result = graphs(function)
     assert (launch, result) == ("replay", 7)
     assert [name for name, _ in fake.said] == [
         "begin device", "wait", "begin stream", *["function"] * graphs_module.WARM_UP,
@@ -368,8 +375,71 @@ def test_what_ended_a_capture_is_said_and_its_stream_is_left(monkeypatch):
     fake.said.clear()
     with pytest.raises(CaptureError, match=r"^operation not permitted when stream is capturing$"):
         graphs(function)
-    assert [name for name, _ in fake.said][-3:] == ["end graph", "end stream", "end device"]
+    assert [name for name, _ in fake.said][-4:] == ["end graph", "end stream", "wait", "end device"]
     assert not graphs_module._capturing.locked()
+
+
+def test_the_reason_is_the_captures_own_whatever_else_is_being_handled(monkeypatch):
+    monkeypatch.setattr(torch, "cuda", FakeCuda().as_module())
+    graphs = graphs_module.CudaGraphs(torch.device("cuda"))
+
+    def function():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    try:
+        raise FileNotFoundError("ways.json")
+    except FileNotFoundError:
+        with pytest.raises(CaptureError, match=r"^CUDA out of memory"):
+            graphs(function)
+
+
+def test_a_gpu_is_waited_for_by_its_stream_alone(monkeypatch):
+    """All of it may not be waited for while another thread captures."""
+    waited = []
+    stream = SimpleNamespace(synchronize=lambda: waited.append("stream"))
+    monkeypatch.setattr(torch, "cuda", SimpleNamespace(current_stream=lambda device: stream))
+    with timed(torch.device("cuda")):
+        assert waited == ["stream"]
+    assert waited == ["stream"] * 2
+
+
+def test_each_room_has_a_capture_of_its_own(on_device):
+    decoder, made = on_device(), []
+
+    def new_capture():
+        made.append(Captures())
+        return made[-1]
+
+    graphs = Graphs(decoder, new_capture, wait=0)
+    for num_rows, number in ((2, 1), (1, 1), (5, 2), (3, 2), (8, 2), (9, 3)):
+        assert costs_module._steps(decoder, graphs, costs_module._held(decoder, num_rows), 3) is not None
+        assert len(made) == number
+    assert [each.number for each in made] == [2, 2, 1]
+
+
+def test_a_room_that_does_not_fit_is_done_without(on_device, build_tiny_model, monkeypatch):
+    plain, decoder, prompts = SpeechLlamaDecoder(build_tiny_model()), on_device(), make_prompts(NUM_ROWS)
+    references = decode_reference(plain, prompts, AUTOREGRESSIVE, max_tokens=[MAX_TOKENS] * NUM_ROWS)
+    decoder.graphs = captured(decoder)
+
+    def refuse(*_):
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(decoder.graphs, "_make_room", refuse)
+    with pytest.warns(UserWarning, match="take longer without: out of memory"):
+        results = run(decoder, moved(prompts), VERIFY, references)
+    assert list(map(outcome, results)) == list(map(outcome, references))
+
+
+def test_ways_are_found_anew_where_steps_can_be_captured(capturing, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(costs_module, "fastest_ways", lambda decoder: Ways(captured=decoder.may_capture))
+    capturing.may_capture, spent = False, []
+    assert not find_ways(capturing, "tiny", spent.append).captured
+    capturing.may_capture = True
+    assert find_ways(capturing, "tiny", spent.append).captured
+    assert find_ways(capturing, "tiny", spent.append).captured
+    assert len(spent) == 2
 
 
 @pytest.mark.parametrize(
@@ -406,7 +476,7 @@ def test_other_devices_and_other_architectures_are_not_captured(as_a_gpu, build_
 
 @pytest.mark.parametrize("is_faster", [True, False])
 def test_steps_are_captured_where_that_is_faster(capturing, monkeypatch, is_faster):
-    def seconds(decoder, cache, width):
+    def seconds(decoder, graphs, cache, width):
         return 1.0 if (decoder.graphs is not None) == is_faster else 2.0
 
     monkeypatch.setattr(costs_module, "_seconds", seconds)
@@ -436,9 +506,17 @@ def test_steps_that_say_something_else_captured_are_not_used(capturing, monkeypa
 
 def test_costs_are_those_of_captured_steps(capturing, monkeypatch):
     capturing.prepare(Ways(captured=True))
-    ran = []
-    monkeypatch.setattr(capturing.graphs, "run", lambda strategy, rows, cache: ran.append(rows) or [])
-    monkeypatch.setattr(capturing, "logits", None)  # nothing else is timed
+    holder = costs_module._held(capturing, 1)  # of a loop that is under way, and keeps the decoder's own room
+    assert costs_module._steps(capturing, capturing.graphs, holder, 1) is not None
+    ran, run_captured = [], Graphs.run
+
+    def note(self, strategy, rows, cache):
+        ran.append(rows)
+        said = run_captured(self, strategy, rows, cache)
+        assert said is not None
+        return said
+
+    monkeypatch.setattr(Graphs, "run", note)
     measure_costs(capturing)
     assert {len(rows) for rows in ran} == set(costs_module.NUM_ROWS)
     assert {len(row.tokens) for rows in ran for row in rows} == set(costs_module.WIDTHS)
@@ -461,7 +539,7 @@ def test_audio_to_text_on_a_device(as_a_gpu, tiny_model_folder, samples, name, i
         warnings.simplefilter("error")
         transcriber = leapasr.load(tiny_model_folder, device=pretend.NAME, dtype="float32")
         ways = Ways(captured=is_captured)
-        monkeypatch.setattr("leapasr.transcriber.find_ways", lambda decoder, _: decoder.prepare(ways))
+        monkeypatch.setattr("leapasr.transcriber.find_ways", lambda decoder, *_: decoder.prepare(ways))
         monkeypatch.setattr("leapasr.transcriber.find_costs", lambda *_: costs_module.FREE)
         results = transcriber.transcribe(samples, options, word_times=True)
     assert [result.text for result in results] == [other.text for other in expected]
@@ -471,7 +549,7 @@ def test_audio_to_text_on_a_device(as_a_gpu, tiny_model_folder, samples, name, i
 def test_the_shipped_model_on_a_device(as_a_gpu, monkeypatch):
     sample = importlib.resources.files("leapasr") / "samples" / "austen-0930.flac"
     expected = leapasr.load(device="cpu", dtype="float32").transcribe(str(sample))
-    monkeypatch.setattr("leapasr.transcriber.find_ways", lambda decoder, _: decoder.prepare(Ways(captured=True)))
+    monkeypatch.setattr("leapasr.transcriber.find_ways", lambda decoder, *_: decoder.prepare(Ways(captured=True)))
     monkeypatch.setattr("leapasr.transcriber.find_costs", lambda *_: costs_module.FREE)
     result = leapasr.load(device=pretend.NAME, dtype="float32").transcribe(str(sample))
     assert result.text == expected.text
@@ -481,16 +559,23 @@ def test_the_shipped_model_on_a_device(as_a_gpu, monkeypatch):
 
 
 def test_a_replay_runs_captured_and_not(as_a_gpu, monkeypatch):
+    """And captures nothing in rounds that count."""
     monkeypatch.setitem(replays.SIZES, "small", SMALL)
-    captures = Captures()
+    captures, during = Captures(), []
     monkeypatch.setattr("leapasr.decoding.causal_lm.CudaGraphs", lambda device: captures)
-    rows = replays.replay(TEXTS, size="small", batch_sizes=[2], rounds=1, device=pretend.NAME)
+    monkeypatch.setattr("leapasr.decoding.causal_lm.Graphs", Graphs)
+    rows = replays.replay(
+        TEXTS, size="small", batch_sizes=[1, 2], rounds=2, device=pretend.NAME,
+        progress=lambda share: during.append(captures.number),
+    )  # fmt: skip
     names = ["verify both full", "autoregressive"]
     expected = [*names, *(f"{name}, not captured" for name in names), "generate"]
-    assert [row.system for row in rows] == [f"replay/{name}" for name in expected]
+    assert [row.system for row in rows[:5]] == [f"replay/{name}" for name in expected]
     assert rows[0].decoder_calls == rows[2].decoder_calls == sum(len(text.steps) for text in TEXTS)
-    assert captures.number > 3
-    assert [row.speedup_vs_autoregressive for row in rows if "autoregressive" in row.system] == [1.0, 1.0]
+    assert [row.speedup_vs_autoregressive for row in rows if "autoregressive" in row.system] == [1.0] * 4
+    num_counted = 2 * 2 * len(expected)
+    assert len(during) == num_counted + (graphs_module.WAIT + 1) * 2 * len(expected)
+    assert during[0] < during[-num_counted] == during[-1]
 
 
 def test_the_device_is_as_strict_as_a_gpu():

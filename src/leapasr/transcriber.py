@@ -9,7 +9,6 @@ import importlib.resources
 import os
 import re
 import threading
-import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -138,13 +137,14 @@ class Transcriber:
         """Of decoder calls on so many cores as this thread has: measured when first asked for, then kept in a file."""
         num_cores = torch.get_num_threads()
         with self._costs_lock:
-            start = time.perf_counter()
             if self._ways is None:
-                self._ways = find_ways(self.decoder, self._shape)
+                self._ways = find_ways(self.decoder, self._shape, self._spend)
             if num_cores not in self._costs:
-                self._costs[num_cores] = find_costs(self.decoder, self._shape, self._ways)
-            self.measuring_seconds += time.perf_counter() - start
+                self._costs[num_cores] = find_costs(self.decoder, self._shape, self._ways, self._spend)
             return self._costs[num_cores]
+
+    def _spend(self, seconds: float) -> None:
+        self.measuring_seconds += seconds
 
     @property
     def _shape(self) -> str:

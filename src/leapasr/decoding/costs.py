@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 import torch
 
 from leapasr.decoding.cache import RaggedCache
-from leapasr.decoding.graphs import WAIT, Fed, Graphs, as_it_is
+from leapasr.decoding.graphs import Fed, Graphs, as_it_is
 from leapasr.decoding.interface import Decoder, Prompts, Ways
 from leapasr.decoding.packing import PACKINGS
 from leapasr.decoding.reading import Reading
@@ -98,6 +98,7 @@ def num_worth_drafting(
 def measure_costs(decoder: Decoder) -> CallCosts:
     """Time calls of `decoder` and what its heads say: the quickest of a few of each size, and none below a smaller."""
     table: list[tuple[float, ...]] = []
+    graphs = _own_graphs(decoder)
     for num_rows in NUM_ROWS:
         cache = _held(decoder, num_rows)
         row: list[float] = []
@@ -105,18 +106,22 @@ def measure_costs(decoder: Decoder) -> CallCosts:
             if num_rows * width > MAX_TOKENS:
                 seconds = _on_lines(WIDTHS[:index], row, width)
             else:
-                seconds = _quickest(decoder, cache, width)
+                seconds = _quickest(decoder, graphs, cache, width)
             row.append(max([seconds, *row[-1:], *(above[index] for above in table[-1:])]))
         table.append(tuple(row))
     return CallCosts(NUM_ROWS, WIDTHS, tuple(table))
 
 
-def _quickest(decoder: Decoder, cache: RaggedCache, width: int) -> float:
-    for _ in range(1 if decoder.graphs is None else WAIT + 1):
-        _seconds(decoder, cache, width)  # kernels are built, room is made, steps are captured
+def _own_graphs(decoder: Decoder) -> Graphs | None:
+    """For steps that are captured at once, in a room that no loop holds; None where steps are not captured."""
+    return None if decoder.graphs is None else Graphs(decoder, decoder.graphs.new_capture, wait=0)
+
+
+def _quickest(decoder: Decoder, graphs: Graphs | None, cache: RaggedCache, width: int) -> float:
+    _seconds(decoder, graphs, cache, width)  # kernels are built, room is made, a step is captured
     seconds: list[float] = []
     while len(seconds) < REPETITIONS and sum(seconds) < PATIENCE:
-        seconds.append(_seconds(decoder, cache, width))
+        seconds.append(_seconds(decoder, graphs, cache, width))
     return min(seconds)
 
 
@@ -153,9 +158,9 @@ def _steps(decoder: Decoder, graphs: Graphs, cache: RaggedCache, width: int) -> 
     return graphs.run(strategy, rows, cache)
 
 
-def _seconds(decoder: Decoder, cache: RaggedCache, width: int) -> float:
+def _seconds(decoder: Decoder, graphs: Graphs | None, cache: RaggedCache, width: int) -> float:
     start = time.perf_counter()
-    if decoder.graphs is not None and _steps(decoder, decoder.graphs, cache, width) is not None:
+    if graphs is not None and _steps(decoder, graphs, cache, width) is not None:
         return time.perf_counter() - start
     start = time.perf_counter()
     hidden_BWD = _call(decoder, cache, _zeros(decoder, cache, width))
@@ -178,8 +183,8 @@ def fastest_ways(decoder: Decoder) -> Ways:
     @lru_cache  # the packing that is found is one of the ways that are compared then
     def seconds(ways: Ways) -> float:
         decoder.prepare(ways)
-        cache = _held(decoder, 1)  # what it is like depends on the ways
-        return sum(_quickest(decoder, cache, width) for width in WIDTHS[:-1])
+        graphs, cache = _own_graphs(decoder), _held(decoder, 1)  # what they are like depends on the ways
+        return sum(_quickest(decoder, graphs, cache, width) for width in WIDTHS[:-1])
 
     packing = min((None, *PACKINGS), key=lambda packing: seconds(Ways(packing)))
     ways = min((Ways(packing), Ways(packing, rough=True)), key=seconds)
@@ -195,11 +200,9 @@ def fastest_ways(decoder: Decoder) -> Ways:
 def can_capture(decoder: Decoder) -> bool:
     """Whether steps can be captured, and say then what the same operations say one by one; `decoder` captures then."""
     decoder.prepare(Ways(captured=True))
-    assert decoder.graphs is not None
-    captured, plain = (
-        _said(decoder, Graphs(decoder, new_capture, wait=0))
-        for new_capture in (decoder.graphs.new_capture, lambda: as_it_is)
-    )
+    graphs = _own_graphs(decoder)
+    assert graphs is not None
+    captured, plain = _said(decoder, graphs), _said(decoder, Graphs(decoder, lambda: as_it_is, wait=0))
     return len(captured) == len(plain) and all(
         abs(one - other) <= SAME
         for reading, expected in zip(captured, plain, strict=True)
@@ -238,28 +241,31 @@ def steady(decoder: Decoder) -> bool:
     return all(torch.equal(read(rows, STEADY_WIDTHS), one_by_one) for rows in STEADY_ROWS)
 
 
-def find_ways(decoder: Decoder, description: str) -> Ways:
+def find_ways(decoder: Decoder, description: str, spend: Callable[[float], None] = lambda seconds: None) -> Ways:
     """Let `decoder` work in the ways that are fastest here, which are found once for each machine and model.
 
     Args:
         description: tells the model's shape from others.
+        spend: called with the seconds that finding took, if it was not done before.
     """
     facts = (*_facts(decoder, description), decoder.may_round, decoder.may_capture)
-    ways = _remembered("ways", facts, lambda: fastest_ways(decoder), lambda fields: Ways(**fields))
+    ways = _remembered("ways", facts, lambda: fastest_ways(decoder), lambda fields: Ways(**fields), spend)
     decoder.prepare(ways)
     return ways
 
 
-def find_costs(decoder: Decoder, description: str, ways: Ways) -> CallCosts:
+def find_costs(
+    decoder: Decoder, description: str, ways: Ways, spend: Callable[[float], None] = lambda seconds: None
+) -> CallCosts:
     """What calls of `decoder`, which works in these `ways`, cost on the cores that this thread has.
 
     From the file of an earlier measurement on this machine, else measured now.
 
     Args:
-        description: tells the model's shape from others.
+        description, spend: as of `find_ways`.
     """
     facts = (*_facts(decoder, description), NUM_ROWS, WIDTHS, LEADING, ways, torch.get_num_threads())
-    return _remembered("calls", facts, lambda: measure_costs(decoder), CallCosts.of)
+    return _remembered("calls", facts, lambda: measure_costs(decoder), CallCosts.of, spend)
 
 
 def _facts(decoder: Decoder, description: str) -> tuple:
@@ -270,14 +276,23 @@ def _facts(decoder: Decoder, description: str) -> tuple:
     return description, str(decoder.dtype), str(device), where, torch.__version__
 
 
-def _remembered(name: str, facts: tuple, measure: Callable[[], Found], build: Callable[[dict], Found]) -> Found:
+def _remembered(
+    name: str,
+    facts: tuple,
+    measure: Callable[[], Found],
+    build: Callable[[dict], Found],
+    spend: Callable[[float], None],
+) -> Found:
     """What was measured where all these `facts` held, in the file that it is kept in; else measured, and kept."""
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "leapasr"
     path = folder / f"{name}-{hashlib.sha256(repr(facts).encode()).hexdigest()[:16]}.json"
     try:
         return build(json.loads(path.read_text()))
     except (OSError, ValueError, KeyError, TypeError):
-        found = measure()
+        pass
+    start = time.perf_counter()
+    found = measure()
+    spend(time.perf_counter() - start)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         pending = path.with_suffix(f".{os.getpid()}")

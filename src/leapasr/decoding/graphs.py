@@ -86,6 +86,7 @@ class CudaGraphs:
         with _capturing, torch.cuda.device(self._device):
             graph = torch.cuda.CUDAGraph()
             self._stream.wait_stream(torch.cuda.current_stream())
+            reason: RuntimeError | None = None
             try:
                 with torch.cuda.stream(self._stream):  # left even if the capture's own end fails
                     for _ in range(WARM_UP):
@@ -94,11 +95,15 @@ class CudaGraphs:
                     with torch.cuda.graph(
                         graph, pool=self._memory, stream=self._stream, capture_error_mode="thread_local"
                     ):
-                        result = function()
+                        try:
+                            result = function()
+                        except RuntimeError as error:
+                            reason = error  # the capture's end will only say that something went wrong before
+                            raise
             except RuntimeError as error:
-                reason = error.__context__ or error  # what ended the capture, not that it has ended
-                raise CaptureError(str(reason).strip().partition("\n")[0]) from error
-            torch.cuda.current_stream().wait_stream(self._stream)
+                raise CaptureError(str(reason or error).strip().partition("\n")[0]) from error
+            finally:
+                torch.cuda.current_stream().wait_stream(self._stream)
         return graph.replay, result
 
 
@@ -148,23 +153,24 @@ class Graphs:
             self._num_wanted[key] += 1
             if not self._is_worth_capturing(key):
                 return None
-            self._make_room(cache, num_rows, num_slots)
-            cache.settle(self._room, width)
-            self._holder = weakref.ref(cache)
             lines = [*rows, *[NOTHING] * (num_rows - len(rows))]
             inputs_BC = torch.tensor([_inputs(line, width) for line in lines])
-            step = self._steps.get(key)
-            if step is None:
-                try:
+            try:
+                self._make_room(cache, num_rows, num_slots)
+                cache.settle(self._room, width)
+                self._holder = weakref.ref(cache)
+                step = self._steps.get(key)
+                if step is None:
                     step = self._captured(strategy, inputs_BC.to(self._decoder.device), num_slots)
-                except CaptureError as error:
-                    self._can_capture = False
-                    warnings.warn(
-                        f"decoder calls cannot be captured as CUDA graphs here, and take longer without: {error}",
-                        stacklevel=2,
-                    )
-                    return None
-                self._steps[key] = step
+                    self._steps[key] = step
+            except (CaptureError, torch.OutOfMemoryError) as error:
+                self._can_capture = False
+                reason = str(error).partition("\n")[0]
+                warnings.warn(
+                    f"decoder calls cannot be captured as CUDA graphs here, and take longer without: {reason}",
+                    stacklevel=2,
+                )
+                return None
             step.inputs_BC.copy_(inputs_BC)
             step.launch()
             return readings(step.table.cpu(), step.widths)[: len(rows)]
@@ -201,9 +207,10 @@ class Graphs:
             ]
         )
         widths: list[int] = []
+        decoder = self._decoder
 
         def step() -> Tensor:
-            tables = take_step(self._decoder, strategy, inputs_BC, cache)
+            tables = take_step(decoder, strategy, inputs_BC, cache)
             widths[:] = [table.shape[1] for table in tables]
             return joined(tables)
 

@@ -20,6 +20,8 @@ import torch
 
 from leapasr.audio import SAMPLE_RATE, AudioError
 from leapasr.data.manifests import read_manifest
+from leapasr.decoding import Decoder
+from leapasr.decoding.graphs import WAIT
 from leapasr.evaluation.evaluate import reference_of, samples_of
 from leapasr.evaluation.scoring import count_errors
 from leapasr.evaluation.systems import AUTOREGRESSIVE, GENERATE, GreedyCTC, Leapasr, Run, System
@@ -149,6 +151,11 @@ def folders_of(peers: Sequence[str]) -> dict[str, str]:
     return dict(peer.split("=", 1) for peer in peers)  # type: ignore[misc]
 
 
+def num_uncounted(decoder: Decoder) -> int:
+    """Rounds after which nothing is made for the first time: steps are captured when they are needed time and again."""
+    return 1 if decoder.graphs is None else WAIT + 1
+
+
 def bench(
     transcriber: Transcriber,
     systems: Sequence[System],
@@ -163,7 +170,7 @@ def bench(
     Args:
         transcriber: what those of `systems` that are ours run on.
         systems: `generate` among them (`build_systems`).
-        rounds: turns of each system that count; one more goes before them.
+        rounds: turns of each system that count; `num_uncounted` go before them.
         progress: called with 1 after each turn of each system, `num_turns` times.
 
     Raises:
@@ -175,19 +182,20 @@ def bench(
         # costs on so many cores as each worker has are measured now, so that no turn is longer for it
         list(share_out(lambda jobs: (transcriber.costs for _ in jobs), range(number), number))
     entries: dict[tuple[int, int], _Entry] = {}
-    for turn in range(rounds + 1):
+    uncounted = num_uncounted(transcriber.decoder)
+    for turn in range(uncounted + rounds):
         for batch_size in batch_sizes:
             for index, system in enumerate(systems):
                 if batch_size > 1 and not system.batched:
                     continue
                 entry = entries.setdefault((batch_size, index), _Entry())
-                if turn:
+                if turn >= uncounted:
                     with timed(transcriber.model.device) as timer:
                         entry.runs.append(system.run(utterances.samples, batch_size))
                     entry.seconds.append(timer.seconds)
                 else:
                     _observe(entry, system, transcriber, utterances.samples, batch_size)
-                if progress:
+                if progress and turn + 1 >= uncounted:
                     progress(1)
     return _rows(transcriber, systems, entries, utterances)
 
@@ -200,7 +208,7 @@ def num_turns(systems: Sequence[System], batch_sizes: Sequence[int], rounds: int
 def _observe(
     entry: _Entry, system: System, transcriber: Transcriber, samples: Sequence[np.ndarray], batch_size: int
 ) -> None:
-    """The turn that does not count: kernels are built, and memory and the forward passes' share are measured."""
+    """A turn that does not count: kernels are built, and memory and the forward passes' share are measured."""
     with _peak_memory(transcriber.model.device, system.process) as peak, _forward_seconds(transcriber) as forward:
         run = system.run(samples, batch_size)
     entry.peak_memory_mb = peak()

@@ -36,7 +36,7 @@ from leapasr.decoding.drafts import Drafter, MTPDrafter
 from leapasr.decoding.interface import Ways
 from leapasr.decoding.rewriting import Verdict
 from leapasr.decoding.trace import DraftToken
-from leapasr.evaluation.bench import Utterances
+from leapasr.evaluation.bench import Utterances, num_uncounted
 from leapasr.evaluation.peers import left_padded
 from leapasr.model.mtp_heads import LatentHeads, MTPHeads
 from leapasr.running import timed
@@ -333,8 +333,7 @@ def replay(
 ) -> list[ReplayRow]:
     """Time a trace's strategies, autoregressive decoding and transformers' `generate` on a decoder of `size`.
 
-    Where steps can be captured (`leapasr.decoding.graphs`), ours run so, and once more without; captures fall into a
-    first round, which does not count.
+    Where steps can be captured (`leapasr.decoding.graphs`), ours run so, and once more without.
 
     Args:
         size: one of `SIZES`.
@@ -359,7 +358,8 @@ def replay(
     else:
         systems = list(_systems(decoder, texts))
     systems.append(_generate(decoder, texts))
-    turns = [(round_, batch_size, system) for round_ in range(rounds + 1) for batch_size in batch_sizes
+    uncounted = num_uncounted(captured)
+    turns = [(round_, batch_size, system) for round_ in range(uncounted + rounds) for batch_size in batch_sizes
              for system in systems]  # fmt: skip
     for round_, batch_size, system in turns:
         in_order = sorted(system.texts, key=lambda text: text.seconds)
@@ -367,7 +367,7 @@ def replay(
         inputs = [(batch, prompts_of(batch, decoder)) for batch in batches]
         with timed(place) as timer:
             counted = [system.run(batch, prompts) for batch, prompts in inputs]
-        if round_:  # the first does not count
+        if round_ >= uncounted:
             system.seconds.setdefault(batch_size, []).append(timer.seconds)
         calls = [each for each in counted if each is not None]
         system.calls[batch_size] = (sum(num for num, _ in calls), sum(num for _, num in calls)) if calls else None
