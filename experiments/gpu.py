@@ -21,65 +21,25 @@ from pathlib import Path
 import torch
 
 from leapasr.evaluation.bench import BenchRow, bench, read_utterances, sizes_of
-from leapasr.evaluation.replay import SIZES, ReplayRow, record, replay
+from leapasr.evaluation.bench_report import as_markdown, bench_table
+from leapasr.evaluation.replay import SIZES, ReplayRow, record, replay, replay_table
 from leapasr.evaluation.systems import build_systems
 from leapasr.transcriber import load
 
 
-def page(machine: str, captured: bool, measured: Sequence[BenchRow], replays: Sequence[ReplayRow]) -> list[str]:
-    """Markdown of both tables."""
-    lines = [
+def page(machine: str, captured: bool, measured: Sequence[BenchRow], replays: Sequence[Sequence[ReplayRow]]) -> str:
+    """Markdown of all tables."""
+    parts = [
         "# On a GPU",
-        "",
         f"`experiments/gpu.py`, {machine}. The shipped model, {measured[0].num_utterances} utterances "
         f"({measured[0].audio_seconds:.0f} s), {measured[0].dtype}, steps {'' if captured else 'not '}captured; "
         "medians, and ranges of rounds that take turns:",
-        "",
-        "| system | batch | RTFx (range) | encoder s | decoder s | decoder against `generate` | overhead "
-        "| tokens per call | WER % | same tokens |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for row in measured:
-        low, high = row.audio_seconds / row.seconds_high, row.audio_seconds / row.seconds_low
-        cells = [
-            row.label,
-            str(row.batch_size),
-            f"{row.rtfx:.0f} ({low:.0f} to {high:.0f})",
-            shown(row.encoder_seconds, "{:.3f}"),
-            shown(row.decoder_seconds, "{:.3f}"),
-            shown(row.speedup_vs_generate, "{:.2f}x"),
-            shown(row.overhead, "{:.0%}"),
-            shown(row.tokens_per_call, "{:.2f}"),
-            f"{100 * row.wer:.1f}",
-            shown(row.same_tokens_as_generate, "{:.0%}"),
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    lines += [
-        "",
+        as_markdown(bench_table(measured)),
         "Replays: decoders of random weights whose calls verify and emit what was recorded; no figure of them is one "
         "of a model. The floor is the time to read weights and cache once at the bandwidth that was measured.",
-        "",
-        "| replay | batch | decoder s (range) | against `generate` | against autoregressive | tokens per call "
-        "| ms a call | floor ms |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        *(as_markdown(replay_table(rows)) for rows in replays),
     ]
-    for row in replays:
-        cells = [
-            f"{row.size}, {row.system.removeprefix('replay/')}",
-            str(row.batch_size),
-            f"{row.decoder_seconds:.2f} ({row.decoder_seconds_low:.2f} to {row.decoder_seconds_high:.2f})",
-            f"{row.speedup_vs_generate:.2f}x",
-            f"{row.speedup_vs_autoregressive:.2f}x",
-            shown(row.tokens_per_call, "{:.2f}"),
-            shown(row.call_ms, "{:.2f}"),
-            f"{row.floor_ms:.2f}",
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
-
-
-def shown(value: float | None, form: str) -> str:
-    return "" if value is None else form.format(value)
+    return "\n\n".join(parts) + "\n"
 
 
 def main() -> None:
@@ -102,7 +62,7 @@ def main() -> None:
     measured = bench(
         transcriber, build_systems(transcriber), utterances, batch_sizes=batch_sizes, rounds=arguments.rounds
     )
-    replays: list[ReplayRow] = []
+    replays: list[list[ReplayRow]] = []
     arguments.output.mkdir(parents=True, exist_ok=True)
 
     def write() -> None:
@@ -110,17 +70,15 @@ def main() -> None:
             "machine": machine,
             "ways": asdict(transcriber.decoder.ways),
             "bench": [asdict(row) for row in measured],
-            "replays": [asdict(row) for row in replays],
+            "replays": [asdict(row) for rows in replays for row in rows],
         }
         (arguments.output / "gpu.json").write_text(json.dumps(found, indent=1) + "\n")
-        (arguments.output / "gpu.md").write_text(
-            "\n".join(page(machine, transcriber.decoder.ways.captured, measured, replays)) + "\n"
-        )
+        (arguments.output / "gpu.md").write_text(page(machine, transcriber.decoder.ways.captured, measured, replays))
 
     write()
     texts = record(transcriber, utterances)
     for size in arguments.sizes:
-        replays += replay(
+        rows = replay(
             texts,
             size=size,
             batch_sizes=batch_sizes,
@@ -128,6 +86,7 @@ def main() -> None:
             device=arguments.device,
             dtype=arguments.dtype,
         )
+        replays.append(rows)
         write()
         print(f"{size}: done", flush=True)
 

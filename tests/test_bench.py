@@ -12,7 +12,7 @@ from leapasr.audio import SAMPLE_RATE
 from leapasr.cli import app
 from leapasr.decoding import DecodingOptions, SpeechLlamaDecoder, decode
 from leapasr.evaluation import bench as timing
-from leapasr.evaluation.bench_report import bench_table, draw, write_rows
+from leapasr.evaluation.bench_report import as_markdown, bench_table, draw, write_rows
 from leapasr.evaluation.peer_process import FasterWhisperModel
 from leapasr.evaluation.peers import FasterWhisper, generate
 from leapasr.evaluation.systems import GENERATE, Generate, Leapasr, System, build_systems
@@ -147,6 +147,14 @@ def test_a_report_to_keep(rows, tmp_path):
     pytest.importorskip("matplotlib")
     for path in draw(rows, tmp_path / "plots"):
         assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_table_as_markdown(rows):
+    header, line, *body = as_markdown(bench_table(rows)).splitlines()
+    assert set(line) == {"|", "-"}
+    assert header.split("|")[1].strip() == "system"
+    assert [cells.split("|")[1].strip() for cells in body] == [row.label for row in rows]
+    assert {cells.count("|") for cells in (header, line, *body)} == {13}
 
 
 def test_from_the_command_line(tiny_model_folder, manifest, tmp_path):

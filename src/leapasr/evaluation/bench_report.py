@@ -5,13 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
+from rich import box
+from rich.console import Console
 from rich.table import Table
 
 from leapasr.evaluation.bench import BenchRow
 from leapasr.evaluation.replay import ReplayRow
+
+MARKDOWN_WIDTH = 1000  # no cell is broken into lines
 
 
 def bench_table(rows: Sequence[BenchRow]) -> Table:
@@ -26,8 +31,8 @@ def bench_table(rows: Sequence[BenchRow]) -> Table:
             row.label,
             str(row.batch_size),
             f"{row.rtfx:.1f} ({low:.1f} to {high:.1f})",
-            _shown(row.encoder_seconds, "{:.2f}"),
-            _shown(row.decoder_seconds, "{:.2f}"),
+            _shown(row.encoder_seconds, "{:.3f}"),
+            _shown(row.decoder_seconds, "{:.3f}"),
             _shown(row.speedup_vs_generate, "{:.2f}x"),
             _shown(row.total_speedup_vs_generate, "{:.2f}x"),
             _shown(row.overhead, "{:.0%}"),
@@ -41,6 +46,14 @@ def bench_table(rows: Sequence[BenchRow]) -> Table:
 
 def _shown(value: float | None, form: str) -> str:
     return "" if value is None else form.format(value)
+
+
+def as_markdown(table: Table) -> str:
+    """A table of this module or of `replay`, for a page."""
+    written = StringIO()
+    table.box = box.MARKDOWN
+    Console(file=written, width=MARKDOWN_WIDTH).print(table)
+    return "\n".join(line.strip() for line in written.getvalue().splitlines()).strip()
 
 
 def write_rows(rows: Sequence[BenchRow | ReplayRow], path: Path) -> None:

@@ -426,7 +426,7 @@ def replay_table(rows: Sequence[ReplayRow]) -> Table:
             f"{row.speedup_vs_generate:.2f}x",
             f"{row.speedup_vs_autoregressive:.2f}x",
             "" if row.tokens_per_call is None else f"{row.tokens_per_call:.2f}",
-            "" if row.call_ms is None else f"{row.call_ms:.1f}",
-            f"{row.floor_ms:.1f}",
+            "" if row.call_ms is None else f"{row.call_ms:.2f}",
+            f"{row.floor_ms:.2f}",
         )
     return table
