@@ -5,7 +5,6 @@ Shapes: B rows, N hypotheses a row, P = B · N, M text tokens, U = M + 1 text po
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +19,7 @@ from leapasr.evaluation.scoring import count_word_errors
 from leapasr.model.processing import SpeechLlamaProcessor, spelling
 from leapasr.model.speech_llama import SpeechEncoding, SpeechLlamaForConditionalGeneration
 from leapasr.model.text_trees import TextTrees
+from leapasr.running import timed
 from leapasr.text import NORMALIZER
 from leapasr.training.encoder_cache import FrameBatch
 from leapasr.training.losses import (
@@ -93,11 +93,8 @@ def hypothesize(
     # CTC's drafts save a few calls more than the heads', and cost more time (docs/nbest.md)
     options = DecodingOptions(strategy="beam", beam_size=nbest, nbest=nbest, drafts="mtp")
     device = batch.text_ids.device
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)  # what is left to do of the encoder's work is not the search's
-    start = time.perf_counter()
-    results = search(model, encoding, options, spell=spelling(processor.tokenizer))
-    seconds = time.perf_counter() - start
+    with timed(device) as timer:  # what is left to do of the encoder's work is not the search's
+        results = search(model, encoding, options, spell=spelling(processor.tokenizer))
     lists, errors = [], []
     for result, text, length in zip(results, batch.text_ids.tolist(), batch.text_lengths.tolist(), strict=True):
         texts = dict.fromkeys(tuple(each.tokens) for each in result.hypotheses)  # what is left after cuts may be equal
@@ -117,7 +114,7 @@ def hypothesize(
         errors_BN=torch.tensor([[*each, *[0] * (size - len(each))] for each in errors], device=device).float(),
         listed_BN=torch.arange(size, device=device) < num_listed_B1,
         calls_B=torch.tensor([result.num_calls for result in results], device=device).float(),
-        seconds=seconds,
+        seconds=timer.seconds,
     )
 
 
