@@ -70,6 +70,18 @@ def on_device(build_tiny_model):
     return build
 
 
+@pytest.fixture
+def plain(build_tiny_model) -> SpeechLlamaDecoder:
+    """The same decoder on the CPU."""
+    return SpeechLlamaDecoder(build_tiny_model())
+
+
+def autoregressive(decoder, prompts):
+    """What each row is to become."""
+    bounds = [MAX_TOKENS] * len(prompts.lengths_B)
+    return decode_reference(decoder, prompts, AUTOREGRESSIVE, max_tokens=bounds)
+
+
 def captured(decoder) -> Graphs:
     """Steps that are captured as soon as they are needed."""
     return Graphs(decoder, lambda: pretend.record, wait=0)
@@ -102,7 +114,7 @@ def run(decoder, prompts, options, references, *, kind="mixed"):
 def test_captured_steps_say_what_operations_say_one_by_one(build_tiny_model, on_device, name, fields):
     prompts, options = make_prompts(NUM_ROWS), STRATEGIES[name]
     plain = SpeechLlamaDecoder(build_tiny_model(**fields))
-    references = decode_reference(plain, prompts, AUTOREGRESSIVE, max_tokens=[MAX_TOKENS] * NUM_ROWS)
+    references = autoregressive(plain, prompts)
     expected = run(plain, prompts, options, references)
     decoder = on_device(**fields)
     for graphs in (None, Graphs(decoder, lambda: as_it_is, wait=0), captured(decoder)):
@@ -114,10 +126,9 @@ def test_captured_steps_say_what_operations_say_one_by_one(build_tiny_model, on_
                 assert result.log_probabilities == pytest.approx(other.log_probabilities, abs=1e-4, nan_ok=True)
 
 
-def test_what_was_captured_is_used_again(on_device, build_tiny_model):
-    plain, decoder = SpeechLlamaDecoder(build_tiny_model()), on_device()
-    prompts = make_prompts(NUM_ROWS)
-    references = decode_reference(plain, prompts, AUTOREGRESSIVE, max_tokens=[MAX_TOKENS] * NUM_ROWS)
+def test_what_was_captured_is_used_again(on_device, plain):
+    decoder, prompts = on_device(), make_prompts(NUM_ROWS)
+    references = autoregressive(plain, prompts)
     captures = Captures()
     decoder.graphs = Graphs(decoder, lambda: captures, wait=0)
     run(decoder, moved(prompts), AUTOREGRESSIVE, references)
@@ -132,18 +143,18 @@ def test_what_was_captured_is_used_again(on_device, build_tiny_model):
     assert captures.number > first
 
 
-def test_what_was_captured_is_let_go_with_a_room_that_is_too_small(on_device, build_tiny_model):
-    plain, decoder, prompts = SpeechLlamaDecoder(build_tiny_model()), on_device(), make_prompts(NUM_ROWS)
-    references = decode_reference(plain, prompts, AUTOREGRESSIVE, max_tokens=[MAX_TOKENS] * NUM_ROWS)
+def test_what_was_captured_is_let_go_with_a_room_that_is_too_small(on_device, plain):
+    decoder, prompts = on_device(), make_prompts(NUM_ROWS)
+    references = autoregressive(plain, prompts)
     decoder.graphs = captured(decoder)
     for rows in ([0], range(NUM_ROWS), [1]):
         results = run(decoder, moved(take(prompts, rows)), AUTOREGRESSIVE, [references[row] for row in rows])
         assert list(map(outcome, results)) == [outcome(references[row]) for row in rows]
 
 
-def test_strategies_that_judge_otherwise_have_steps_of_their_own(on_device, build_tiny_model):
-    plain, decoder, prompts = SpeechLlamaDecoder(build_tiny_model()), on_device(), make_prompts(NUM_ROWS)
-    references = decode_reference(plain, prompts, AUTOREGRESSIVE, max_tokens=[MAX_TOKENS] * NUM_ROWS)
+def test_strategies_that_judge_otherwise_have_steps_of_their_own(on_device, plain):
+    decoder, prompts = on_device(), make_prompts(NUM_ROWS)
+    references = autoregressive(plain, prompts)
     decoder.graphs, found = captured(decoder), []
     for ratio in (0.0, 1.0):
         options = DecodingOptions(strategy="relaxed", ratio=ratio, top=V, max_repeats=4)
@@ -154,9 +165,9 @@ def test_strategies_that_judge_otherwise_have_steps_of_their_own(on_device, buil
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
-def test_a_captured_step_goes_to_the_device_once_and_back_once(on_device, build_tiny_model, name):
-    plain, decoder, prompts = SpeechLlamaDecoder(build_tiny_model()), on_device(), make_prompts(1)
-    references = decode_reference(plain, prompts, AUTOREGRESSIVE, max_tokens=[MAX_TOKENS])
+def test_a_captured_step_goes_to_the_device_once_and_back_once(on_device, plain, name):
+    decoder, prompts = on_device(), make_prompts(1)
+    references = autoregressive(plain, prompts)
     decoder.graphs = captured(decoder)
     run(decoder, moved(prompts), STRATEGIES[name], references)
     loop = build_loop(decoder, STRATEGIES[name])
@@ -199,9 +210,9 @@ def test_rows_join_and_leave(on_device, build_tiny_model):
     assert {len(each) for each in launched} > {1, 2, 7}
 
 
-def test_the_room_is_one_loops_until_it_ends(on_device, build_tiny_model):
-    plain, decoder, prompts = SpeechLlamaDecoder(build_tiny_model()), on_device(), make_prompts(6)
-    references = decode_reference(plain, prompts, AUTOREGRESSIVE, max_tokens=[MAX_TOKENS] * 6)
+def test_the_room_is_one_loops_until_it_ends(on_device, plain):
+    decoder, prompts = on_device(), make_prompts(6)
+    references = autoregressive(plain, prompts)
     captures = Captures()
     decoder.graphs = Graphs(decoder, lambda: captures, wait=0)
     loops, results = [DecodingLoop(decoder, AUTOREGRESSIVE) for _ in range(2)], [{}, {}]
@@ -245,9 +256,9 @@ def test_a_step_is_captured_when_it_has_been_needed_before(on_device, monkeypatc
     assert step(4) == (True, 2)
 
 
-def test_a_capture_that_fails_is_the_last_and_loses_nothing(on_device, build_tiny_model):
-    plain, decoder, prompts = SpeechLlamaDecoder(build_tiny_model()), on_device(), make_prompts(NUM_ROWS)
-    references = decode_reference(plain, prompts, AUTOREGRESSIVE, max_tokens=[MAX_TOKENS] * NUM_ROWS)
+def test_a_capture_that_fails_is_the_last_and_loses_nothing(on_device, plain):
+    decoder, prompts = on_device(), make_prompts(NUM_ROWS)
+    references = autoregressive(plain, prompts)
     num_captured = 0
 
     def some(function):
@@ -417,9 +428,9 @@ def test_each_room_has_a_capture_of_its_own(on_device):
     assert [each.number for each in made] == [2, 2, 1]
 
 
-def test_a_room_that_does_not_fit_is_done_without(on_device, build_tiny_model, monkeypatch):
-    plain, decoder, prompts = SpeechLlamaDecoder(build_tiny_model()), on_device(), make_prompts(NUM_ROWS)
-    references = decode_reference(plain, prompts, AUTOREGRESSIVE, max_tokens=[MAX_TOKENS] * NUM_ROWS)
+def test_a_room_that_does_not_fit_is_done_without(on_device, plain, monkeypatch):
+    decoder, prompts = on_device(), make_prompts(NUM_ROWS)
+    references = autoregressive(plain, prompts)
     decoder.graphs = captured(decoder)
 
     def refuse(*_):

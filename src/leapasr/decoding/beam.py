@@ -32,7 +32,7 @@ from leapasr.decoding.costs import FREE, CallCosts
 from leapasr.decoding.drafts import Drafter
 from leapasr.decoding.guards import Guards
 from leapasr.decoding.interface import Decoder, Prompts
-from leapasr.decoding.loop import DecodingLoop
+from leapasr.decoding.loop import DecodingLoop, text_places
 from leapasr.decoding.options import DecodingOptions, DecodingResult, Hypothesis, Truncation
 from leapasr.decoding.reading import best_tokens, by_heads, drafted_ids
 from leapasr.decoding.rejoin import Rejoining, Spelling, as_one
@@ -307,7 +307,8 @@ class BeamLoop(DecodingLoop):
         lines = self._worthwhile_lines(lines, max(num_known))
         fed = [line.feed for each in lines for line in each]
         prompt_lengths = [row.prompt_length for row, each in zip(rows, lines, strict=True) for _ in each]
-        hidden_BWD = self._call([[node.token for node in nodes] for nodes in fed], cache, prompt_lengths, prompts)
+        tokens = [[node.token for node in nodes] for nodes in fed]
+        hidden_BWD = self._call(tokens, text_places(cache, prompt_lengths), cache, prompts)
         cache.commit([known + len(nodes) for known, nodes in zip(num_known, fed, strict=True)])
         if prompts is not None:
             fed = [[row.root, *nodes] for row, nodes in zip(rows, fed, strict=True)]

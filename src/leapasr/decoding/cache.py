@@ -173,7 +173,7 @@ class RaggedCache(Cache):
                 for to, held in ((keys, layer.keys), (values, layer.values)):
                     to[:num_rows, :, :num_held] = held[:, :, :num_held]
                     to[:num_rows, :, num_held:] = 0
-            layer.keys, layer.values = keys[:num_rows], values[:num_rows]
+                layer.keys, layer.values = keys[:num_rows], values[:num_rows]
         self._write.width = width
 
     def commit(self, num_committed: Sequence[int]) -> None:

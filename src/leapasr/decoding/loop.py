@@ -81,7 +81,7 @@ def _staying(rows: list[_Row], cache: RaggedCache, stays: Sequence[bool]) -> lis
     return [rows[place] for place in order]
 
 
-def _places(cache: RaggedCache, prompt_lengths: Sequence[int]) -> list[int]:
+def text_places(cache: RaggedCache, prompt_lengths: Sequence[int]) -> list[int]:
     """Where in its text the next input of each row lies; begin-of-text lies at place 0."""
     return [1 + max(0, held - length) for held, length in zip(cache.lengths, prompt_lengths, strict=True)]
 
@@ -217,15 +217,14 @@ class DecodingLoop:
         tokens = [row.pending + [drafted.token for drafted in draft] for row, draft in zip(rows, drafts, strict=True)]
         texts = [row.tokens for row in rows]
         rules = self._rules if self._rules is not None and any(map(self._rules.bind, texts)) else None
-        prompt_lengths = [row.prompt_length for row in rows]
+        places = text_places(cache, [row.prompt_length for row in rows])
         said = None
         if prompts is None and rules is None and self.decoder.graphs is not None:
-            places = _places(cache, prompt_lengths)
             said = self.decoder.graphs.run(
                 self.strategy, list(map(Fed, cache.lengths, places, num_known, tokens)), cache
             )
         if said is None:
-            hidden_BWD = self._call(tokens, cache, prompt_lengths, prompts)
+            hidden_BWD = self._call(tokens, places, cache, prompts)
             said = self._read(hidden_BWD, num_known, drafts, texts, rules)
         if prompts is None:
             self._observe(max(map(len, tokens)), 1 + sum(reading.num_accepted for reading in said) / len(rows))
@@ -238,13 +237,17 @@ class DecodingLoop:
     def _call(
         self,
         tokens: Sequence[Sequence[int]],
+        places: Sequence[int],
         cache: RaggedCache,
-        prompt_lengths: Sequence[int],
         prompts: Prompts | None,
     ) -> Tensor:
-        """Feed each row's tokens, behind the prompts if given: hidden states (B, W, D) of all that was fed."""
+        """Feed each row's tokens, behind the prompts if given: hidden states (B, W, D) of all that was fed.
+
+        Args:
+            places: of each row's first token (`text_places`).
+        """
         tokens_BW = self._padded(tokens, 0)
-        places_BW = torch.tensor(_places(cache, prompt_lengths), device=tokens_BW.device)[:, None] + torch.arange(
+        places_BW = torch.tensor(places, device=tokens_BW.device)[:, None] + torch.arange(
             tokens_BW.shape[1], device=tokens_BW.device
         )
         embeddings_BWD = self.decoder.embed(tokens_BW, places_BW)
